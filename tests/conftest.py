@@ -1,0 +1,93 @@
+"""Double precision, constant seeds, and what happens where a host is not installed.
+
+``GRADEST_REQUIRE`` names the hosts that the tests may not do without: ``pyro``, ``numpyro`` or ``both``
+(what ``make test`` sets). A missing host that is not named only leaves its own tests out.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Host -> our package for it.
+PACKAGES = {"pyro": "pyro_gradest", "numpyro": "numpyro_gradest"}
+
+_REQUIREMENTS = {"": (), "pyro": ("pyro",), "numpyro": ("numpyro",), "both": tuple(PACKAGES)}
+_REQUIRED = _REQUIREMENTS[os.environ.get("GRADEST_REQUIRE", "")]
+_INSTALLED = {host: importlib.util.find_spec(host) is not None for host in PACKAGES}
+
+# Everything runs in float64; a test of float32 or of the user's defaults says so itself.
+if _INSTALLED["pyro"]:
+    import pyro
+    import torch
+
+    torch.set_default_dtype(torch.float64)
+
+if _INSTALLED["numpyro"]:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+
+
+def require_host(host: str) -> None:
+    """Skip the test when ``host`` is not installed; fail it when ``GRADEST_REQUIRE`` names the host."""
+    if _INSTALLED[host]:
+        return
+    if host in _REQUIRED:
+        pytest.fail(f"{host} is required by GRADEST_REQUIRE but is not installed: run `make test`.")
+    pytest.skip(f"{host} is not installed")
+
+
+def _is_left_out(host: str) -> bool:
+    return not _INSTALLED[host] and host not in _REQUIRED
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out the folder of a host that is neither installed nor required."""
+    here = Path(__file__).parent
+    left_out = [here / host for host in PACKAGES if _is_left_out(host)]
+    return True if collection_path in left_out else None
+
+
+def pytest_report_header() -> list[str]:
+    """Say at the top of the run which host's tests are left out."""
+    return [
+        f"{host} is not installed: its tests are left out"
+        for host in PACKAGES
+        if _is_left_out(host)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def isolated_hosts() -> Iterator[None]:
+    """Start every test from the same seed, an empty parameter store and the suite's own settings."""
+    if not _INSTALLED["pyro"]:
+        yield
+        return
+    pyro.set_rng_seed(0)  # torch's, NumPy's and Python's generators
+    pyro.clear_param_store()
+    with pyro.settings.context(**pyro.settings.get()):
+        yield
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def strict_promotion() -> Iterator[None]:
+    """Refuse JAX's implicit dtype promotion: layer 1 must not mix dtypes behind the caller's back."""
+    require_host("numpyro")
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def user_defaults() -> Iterator[None]:
+    """The settings a user meets: float32 in both hosts."""
+    if _INSTALLED["pyro"]:
+        torch.set_default_dtype(torch.float32)
+    if _INSTALLED["numpyro"]:
+        with jax.enable_x64(False):
+            yield
+    else:
+        yield
