@@ -1,0 +1,34 @@
+"""Checks of what arrives at a layer-1 function: static facts (shape, dtype), never values."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def as_log_weights(
+    log_weights: Array, *, caller: str, name: str = "log_weights", at_least: int = 1
+) -> Float[Array, " K *batch"]:
+    """Return ``log_weights`` as a detached floating-point array of K >= ``at_least`` particles."""
+    log_weights = jnp.asarray(log_weights)
+    if not jnp.issubdtype(log_weights.dtype, jnp.floating):
+        raise TypeError(
+            f"{caller} needs {name} of a floating dtype, got {log_weights.dtype}. "
+            f"Cast with {name}.astype(float)."
+        )
+    if log_weights.ndim == 0:
+        raise ValueError(
+            f"{caller} needs {name} of shape [K, *batch] with the particles first, got a scalar. "
+            f"For a single particle pass {name}[None]."
+        )
+    if log_weights.shape[0] < at_least:
+        remedy = (
+            "Leaving one particle out needs another to be left: use num_particles=2 or more, or "
+            "an estimator without a leave-one-out baseline (IWAE; IWAE(1) is the ELBO)."
+            if at_least > 1
+            else "Pass one particle or more along axis 0."
+        )
+        raise ValueError(
+            f"{caller} needs at least {at_least} particle(s), got {name} of shape "
+            f"{log_weights.shape}. {remedy}"
+        )
+    return jax.lax.stop_gradient(log_weights)

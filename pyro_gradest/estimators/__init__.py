@@ -1,0 +1,27 @@
+"""Layer 1: arrays in, arrays out. Nothing here knows what a model, a site or a plate is."""
+
+from pyro_gradest.estimators.multisample import (
+    effective_sample_size,
+    iwae_bound,
+    linear_surrogate,
+    normalized_weights,
+    ovis_gamma_learning_signal,
+    ovis_mc_learning_signal,
+    reinforce_learning_signal,
+    renyi_bound,
+    vimco_learning_signal,
+    wake_phi_learning_signal,
+)
+
+__all__ = [
+    "effective_sample_size",
+    "iwae_bound",
+    "linear_surrogate",
+    "normalized_weights",
+    "ovis_gamma_learning_signal",
+    "ovis_mc_learning_signal",
+    "reinforce_learning_signal",
+    "renyi_bound",
+    "vimco_learning_signal",
+    "wake_phi_learning_signal",
+]

@@ -1,0 +1,89 @@
+"""Leave-one-out sums of weights in O(K), exact where one particle holds nearly all the weight.
+
+Notation: lw_k log-weights, LSE logsumexp over particles, v = softmax(lw) and
+LOO_k = LSE over l != k. All control variates of the family are functions of v and of
+
+    r_k = LSE - LOO_k = -log(1 - v_k)  >= 0.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class LeaveOneOut(NamedTuple):
+    """What every leave-one-out control variate is made of; each field is ``[K, *batch]``."""
+
+    weights: Float[Tensor, " K *batch"]
+    """v_k; zeros where every particle has zero weight."""
+    log_ratio: Float[Tensor, " K *batch"]
+    """r_k = LSE - LOO_k, finite: 0 where ``undefined``."""
+    log_rest: Float[Tensor, " K *batch"]
+    """LOO_k in the units of ``log_weights - shift``; 0 where ``undefined``."""
+    shift: Float[Tensor, " *batch"]
+    """The largest log-weight (0 where all are -inf)."""
+    undefined: Bool[Tensor, " K *batch"]
+    """True where all *other* particles have zero weight, so that LOO_k = -inf."""
+
+
+def leave_one_out(log_weights: Float[Tensor, " K *batch"]) -> LeaveOneOut:
+    """Compute v, r and LOO in O(K)."""
+    largest, argmax = torch.max(log_weights, dim=0)
+    # Everything but the bound itself is invariant to a shift. Removing the largest log-weight
+    # first keeps rounding relative to the spread of the weights, not to |lw| (hundreds of nats).
+    shift = largest.masked_fill(torch.isneginf(largest), 0.0)
+    shifted = log_weights - shift
+    lse = torch.logsumexp(shifted, dim=0)
+    weights = torch.exp(shifted - lse).masked_fill(torch.isneginf(lse), 0.0)
+
+    # 1 - v_k loses every digit when one particle dominates; that particle (there can be only one
+    # with v_k > 1/2) gets LOO_k by summing the others. log1p(-v_k) is accurate for the rest.
+    is_argmax = torch.zeros_like(shifted, dtype=torch.bool).scatter_(0, argmax[None], True)
+    dominates = is_argmax & (weights > 0.5)
+    rest = torch.logsumexp(shifted.masked_fill(is_argmax, -torch.inf), dim=0)
+
+    log_ratio = torch.where(
+        dominates, lse - rest, -torch.log1p(-weights.masked_fill(dominates, 0.0))
+    )
+    log_rest = torch.where(dominates, rest, lse - log_ratio)
+    undefined = torch.isneginf(log_rest)
+    return LeaveOneOut(
+        weights=weights,
+        log_ratio=log_ratio.masked_fill(undefined, 0.0),
+        log_rest=log_rest.masked_fill(undefined, 0.0),
+        shift=shift,
+        undefined=undefined,
+    )
+
+
+def log_ratio_minus_weight(loo: LeaveOneOut) -> Float[Tensor, " K *batch"]:
+    r"""r_k - v_k = -log(1 - v_k) - v_k without cancellation for small v_k.
+
+    The difference is :math:`v^2/2 + v^3/3 + \dots`; below the threshold the series to
+    :math:`v^5` is closer than the difference of two nearly equal numbers.
+    """
+    v = loo.weights
+    # Truncation is about v^4/3 and cancellation about 2 eps/v, relative: equal at (6 eps)^(1/5).
+    threshold = (6 * torch.finfo(v.dtype).eps) ** 0.2
+    series = v**2 * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v / 5)))
+    return torch.where(v < threshold, series, loo.log_ratio - v)
+
+
+def without_baseline(
+    log_weights: Float[Tensor, " K *batch"],
+    loo: LeaveOneOut,
+    signal: Float[Tensor, " K *batch"],
+) -> Float[Tensor, " K *batch"]:
+    """Replace ``signal`` where its leave-one-out baseline does not exist.
+
+    Where every other particle has zero weight the baseline is -inf. Any finite baseline that does
+    not look at particle k keeps the estimator unbiased; we take none: a_k = L - v_k. Where all
+    particles have zero weight there is nothing to learn from: a_k = 0.
+    """
+    bound = torch.logsumexp(log_weights, dim=0) - math.log(log_weights.shape[0])
+    all_zero = torch.isneginf(bound)
+    plain = bound - loo.weights
+    return torch.where(loo.undefined, plain, signal).masked_fill(all_zero, 0.0)
