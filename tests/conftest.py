@@ -1,7 +1,7 @@
 """Double precision, constant seeds, and what happens where a host is not installed.
 
-``GRADEST_REQUIRE`` names the hosts that the tests may not do without: ``pyro``, ``numpyro`` or ``both``
-(what ``make test`` sets). A missing host that is not named only leaves its own tests out.
+``GRADEST_REQUIRE`` names the hosts that the tests may not do without: ``pyro``, ``numpyro`` or
+``both`` (what ``make test`` sets). Where a host is missing and not named, its tests are left out.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ if _INSTALLED["numpyro"]:
 
 
 def require_host(host: str) -> None:
-    """Skip the test when ``host`` is not installed; fail it when ``GRADEST_REQUIRE`` names the host."""
+    """Skip the test where ``host`` is not installed; fail it where ``GRADEST_REQUIRE`` names it."""
     if _INSTALLED[host]:
         return
     if host in _REQUIRED:
@@ -62,7 +62,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def isolated_hosts() -> Iterator[None]:
-    """Start every test from the same seed, an empty parameter store and the suite's own settings."""
+    """Start every test from the same seed, an empty parameter store and the suite's settings."""
     if not _INSTALLED["pyro"]:
         yield
         return
@@ -75,7 +75,7 @@ def isolated_hosts() -> Iterator[None]:
 
 @pytest.fixture
 def strict_promotion() -> Iterator[None]:
-    """Refuse JAX's implicit dtype promotion: layer 1 must not mix dtypes behind the caller's back."""
+    """Refuse JAX's implicit dtype promotion: layer 1 never mixes dtypes silently."""
     require_host("numpyro")
     with jax.numpy_dtype_promotion("strict"):
         yield
