@@ -6,7 +6,6 @@ LOO_k = LSE over l != k. All control variates of the family are functions of v a
     r_k = LSE - LOO_k = -log(1 - v_k)  >= 0.
 """
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -71,18 +70,13 @@ def log_ratio_minus_weight(loo: LeaveOneOut) -> Float[Array, " K *batch"]:
     return jnp.where(v < threshold, series, loo.log_ratio - v)
 
 
-def without_baseline(
-    log_weights: Float[Array, " K *batch"],
-    loo: LeaveOneOut,
-    signal: Float[Array, " K *batch"],
+def at_zero_weights(
+    loo: LeaveOneOut, signal: Float[Array, " K *batch"]
 ) -> Float[Array, " K *batch"]:
-    """Replace ``signal`` where its leave-one-out baseline does not exist.
+    """Complete a learning signal where the weights leave its control variate undefined.
 
-    Where every other particle has zero weight the baseline is -inf. Any finite baseline that does
-    not look at particle k keeps the estimator unbiased; we take none: a_k = L - v_k. Where all
-    particles have zero weight there is nothing to learn from: a_k = 0.
+    Where all other particles have zero weight the control variate is -inf (and so is the expected
+    bound, so there is no gradient to be unbiased for): the one particle that works is credited as
+    in wake-phi, a_k = v_k = 1. Where all particles have zero weight, a_k = 0.
     """
-    bound = logsumexp(log_weights, axis=0) - math.log(log_weights.shape[0])
-    all_zero = jnp.isneginf(bound)
-    plain = jnp.where(all_zero, 0.0, bound) - loo.weights
-    return jnp.where(all_zero, 0.0, jnp.where(loo.undefined, plain, signal))
+    return jnp.where(loo.undefined, loo.weights, signal)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_gradest.estimators.multisample._leave_one_out import (
-    leave_one_out as _leave_one_out,
+    at_zero_weights,
+    log_ratio_minus_weight,
 )
 from numpyro_gradest.estimators.multisample._leave_one_out import (
-    log_ratio_minus_weight,
-    without_baseline,
+    leave_one_out as _leave_one_out,
 )
 from numpyro_gradest.estimators.multisample._validation import as_log_weights
 
@@ -79,7 +79,7 @@ def vimco_learning_signal(
         # L - control variate = LSE - logaddexp(LOO_k, mean_k) = r_k - softplus(mean_k - LOO_k)
         log_mean = _mean_of_others(log_weights - loo.shift)
         signal = log_ratio_minus_weight(loo) - jax.nn.softplus(log_mean - loo.log_rest)
-    return without_baseline(log_weights, loo, signal)
+    return at_zero_weights(loo, signal)
 
 
 def _mean_of_others(log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:

@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_gradest.estimators.multisample._leave_one_out import (
+    at_zero_weights,
     leave_one_out,
     log_ratio_minus_weight,
-    without_baseline,
 )
 from pyro_gradest.estimators.multisample._validation import as_log_weights
-from pyro_gradest.estimators.multisample.bounds import iwae_bound
 
 
 def ovis_gamma_learning_signal(
@@ -40,7 +39,8 @@ def ovis_gamma_learning_signal(
 
     Returns:
         Detached learning signal, the full coefficient of h_k, shape ``[K, *batch]``. Finite for
-        any weights: where all other particles have zero weight no control variate is used.
+        any weights: where all other particles have zero weight the signal is that of
+            wake-phi, 1.
 
     Raises:
         TypeError: If ``log_weights`` is not of a floating dtype.
@@ -71,9 +71,8 @@ def ovis_gamma_learning_signal(
     loo = leave_one_out(log_weights)
     # The same formula with the terms that nearly cancel grouped: (r - v) + gamma (v + log(1-1/K)).
     wake_phi = loo.weights + math.log1p(-1 / log_weights.shape[0])
-    return without_baseline(
-        log_weights, loo, log_ratio_minus_weight(loo) + (gamma * wake_phi if gamma else 0.0)
-    )
+    signal = log_ratio_minus_weight(loo) + (gamma * wake_phi if gamma else 0.0)
+    return at_zero_weights(loo, signal)
 
 
 def ovis_mc_learning_signal(
@@ -130,20 +129,15 @@ def ovis_mc_learning_signal(
             f"log_weights, got {tuple(auxiliary.shape)} and {tuple(log_weights.shape)}."
         )
     loo = leave_one_out(log_weights)
-    bound = iwae_bound(log_weights)
-    all_zero = torch.isneginf(bound)
-    bound = bound.masked_fill(all_zero, 0.0)
 
-    # [S, K, *batch]: x = log w_s - LOO_k. Then L - (T - log K) is r - softplus(x) or, from the
-    # other side, (LSE - log w_s) - softplus(-x): whichever keeps both terms small.
+    # [S, K, *batch]: with x = log w_s - LOO_k, the prefactor before the control variate exceeds
+    # the one of draw s by LSE - T_ks, which is r_k - softplus(x) or, seen from the other side,
+    # (LSE - log w_s) - softplus(-x): whichever keeps both terms small.
     log_aux = (auxiliary - loo.shift)[:, None]
+    alone = loo.undefined & (log_aux.isneginf() | (loo.weights == 0))
     x = (log_aux - loo.log_rest).masked_fill(loo.undefined, torch.inf)
-    gap_below = loo.log_ratio - softplus(x.clamp(max=0))
-    log_sum = bound + math.log(log_weights.shape[0]) - loo.shift
-    log_aux = log_aux.masked_fill(torch.isneginf(log_aux), 0.0)
-    gap_above = log_sum - log_aux - softplus(-x.clamp(min=0))
-    gap = torch.where(x > 0, gap_above, gap_below) + torch.sigmoid(x)
-    # T = -inf (no weight among the others nor in the auxiliary draw): no control variate.
-    no_control = loo.undefined & torch.isneginf(auxiliary)[:, None]
-    gap = torch.where(no_control, bound, gap)
-    return (torch.mean(gap, dim=0) - loo.weights).masked_fill(all_zero, 0.0)
+    below = loo.log_ratio - softplus(x.clamp(max=0.0))
+    log_sum = torch.logsumexp(log_weights - loo.shift, dim=0)
+    above = log_sum - log_aux - softplus(-x.clamp(min=0.0))
+    signal = torch.where(x > 0, above, below) + torch.sigmoid(x) - loo.weights
+    return at_zero_weights(loo._replace(undefined=alone), signal).mean(dim=0)

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_gradest.estimators.multisample._leave_one_out import (
-    leave_one_out as _leave_one_out,
+    at_zero_weights,
+    log_ratio_minus_weight,
 )
 from pyro_gradest.estimators.multisample._leave_one_out import (
-    log_ratio_minus_weight,
-    without_baseline,
+    leave_one_out as _leave_one_out,
 )
 from pyro_gradest.estimators.multisample._validation import as_log_weights
 
@@ -80,7 +80,7 @@ def vimco_learning_signal(
         # L - control variate = LSE - logaddexp(LOO_k, mean_k) = r_k - softplus(mean_k - LOO_k)
         log_mean = _mean_of_others(log_weights - loo.shift)
         signal = log_ratio_minus_weight(loo) - softplus(log_mean - loo.log_rest)
-    return without_baseline(log_weights, loo, signal)
+    return at_zero_weights(loo, signal)
 
 
 def _mean_of_others(log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " K *batch"]:
