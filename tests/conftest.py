@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
+
 # Host -> our package for it.
 PACKAGES = {"pyro": "pyro_gradest", "numpyro": "numpyro_gradest"}
 
@@ -38,6 +40,15 @@ def require_host(host: str) -> None:
     if host in _REQUIRED:
         pytest.fail(f"{host} is required by GRADEST_REQUIRE but is not installed: run `make test`.")
     pytest.skip(f"{host} is not installed")
+
+
+def source_modules(package: str) -> dict[str, Path]:
+    """Every module of ``package`` by its dotted name, read from the source tree, not imported."""
+    modules = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
 
 
 def _is_left_out(host: str) -> bool:
