@@ -1,0 +1,170 @@
+"""Layer 1, one particle at a time, in NumPy.
+
+Every function here is the definition, not the formula the packages use: a bound is the log of an
+average, a leave-one-out control variate really leaves one particle out and computes the bound
+anew, a learning signal is the bound minus that control variate. Sums are plain loops over
+particles in extended precision (where the platform has it), so that cancellation in the oracle
+stays far below what the tests ask of the packages.
+
+Arrays are ``[K, *batch]`` in nats. Notation: L bound, v normalised weights.
+
+Weights of zero (log-weight -inf): the objective is the expectation of L over the K-tuples that
+have at least one non-zero weight. Hence a tuple of zero weights has coefficients of zero; and a
+particle whose companions all have zero weight gets no control variate, because its own
+value decides whether the tuple counts at all.
+"""
+
+import numpy as np
+
+FLOAT = np.longdouble
+
+
+def log_sum_exp(terms):
+    """log of the sum of exp of a list of scalars; -inf for an empty list."""
+    terms = [FLOAT(term) for term in terms]
+    largest = max(terms, default=-np.inf)
+    if largest == -np.inf:
+        return FLOAT(-np.inf)
+    total = FLOAT(0)
+    for term in terms:
+        total += np.exp(term - largest)
+    return largest + np.log(total)
+
+
+def bound_of(log_weights):
+    """L = log of the average weight, of a list of scalars."""
+    return log_sum_exp(log_weights) - np.log(FLOAT(len(log_weights)))
+
+
+def weights_of(log_weights):
+    """v_k, of a list of scalars; zeros if no particle has weight."""
+    total = log_sum_exp(log_weights)
+    if total == -np.inf:
+        return [FLOAT(0) for _ in log_weights]
+    return [np.exp(FLOAT(log_weight) - total) for log_weight in log_weights]
+
+
+def _per_batch_element(function, *arrays):
+    """Apply a function of lists of scalars to every batch element, particles along axis 0."""
+    batch = arrays[0].shape[1:]
+    results = {
+        index: function(*([array[(k, *index)] for k in range(len(array))] for array in arrays))
+        for index in np.ndindex(*batch)
+    }
+    stacked = np.array([results[index] for index in np.ndindex(*batch)], dtype=FLOAT)
+    # [batch elements, ...] -> [..., *batch]
+    return np.moveaxis(stacked, 0, -1).reshape(stacked.shape[1:] + batch).astype(np.float64)
+
+
+def iwae_bound(log_weights):
+    return _per_batch_element(bound_of, log_weights)
+
+
+def renyi_bound(log_weights, *, alpha):
+    def bound(lw):
+        if alpha == 1:  # the limit, by l'Hospital: the average log-weight
+            return sum(FLOAT(x) for x in lw) / len(lw)
+        return bound_of([(FLOAT(1) - FLOAT(alpha)) * FLOAT(x) for x in lw]) / (1 - FLOAT(alpha))
+
+    return _per_batch_element(bound, log_weights)
+
+
+def normalized_weights(log_weights):
+    return _per_batch_element(weights_of, log_weights)
+
+
+def effective_sample_size(log_weights):
+    def size(lw):
+        sum_of_squares = sum(v * v for v in weights_of(lw))
+        return 1 / sum_of_squares if sum_of_squares > 0 else FLOAT(0)
+
+    return _per_batch_element(size, log_weights)
+
+
+def _learning_signal(control_variate):
+    """a_k = L - control variate_k - v_k, with the conventions for weights of zero.
+
+    ``control_variate(others, K)`` sees the other particles only: that is what makes it one.
+    """
+
+    def signal(lw, *auxiliary):
+        bound, weights = bound_of(lw), weights_of(lw)
+        if bound == -np.inf:
+            return [FLOAT(0) for _ in lw]
+        coefficients = []
+        for k, weight in enumerate(weights):
+            others = lw[:k] + lw[k + 1 :]
+            companions_have_weight = log_sum_exp(others) > -np.inf
+            control = control_variate(others, len(lw), *auxiliary) if companions_have_weight else 0
+            coefficients.append(bound - control - weight)
+        return coefficients
+
+    return signal
+
+
+def reinforce_learning_signal(log_weights):
+    return _per_batch_element(_learning_signal(lambda others, K: FLOAT(0)), log_weights)
+
+
+def vimco_learning_signal(log_weights, *, leave_one_out="geometric"):
+    def control_variate(others, K):
+        # The bound again, with a mean of the other weights in the place of particle k.
+        if leave_one_out == "geometric":
+            stand_in = sum(FLOAT(x) for x in others) / (K - 1)
+        else:
+            stand_in = bound_of(others)
+        return bound_of([*others, stand_in])
+
+    return _per_batch_element(_learning_signal(control_variate), log_weights)
+
+
+def ovis_gamma_learning_signal(log_weights, *, gamma=0.0):
+    def control_variate(others, K):
+        # The limit of the optimal control variate: particle k adds nothing to the average.
+        return log_sum_exp(others) - np.log(FLOAT(K))
+
+    def signal(lw):
+        coefficients = _learning_signal(control_variate)(lw)
+        weights = weights_of(lw)
+        for k, weight in enumerate(weights):
+            others = lw[:k] + lw[k + 1 :]
+            if log_sum_exp(others) > -np.inf:
+                coefficients[k] += gamma * np.log1p(-1 / FLOAT(len(lw)))
+            coefficients[k] += gamma * weight
+        return coefficients
+
+    return _per_batch_element(signal, log_weights)
+
+
+def ovis_mc_learning_signal(log_weights, auxiliary_log_weights):
+    def control_variate(others, K, auxiliary):
+        # The average prefactor L - v_k that an independent draw would have had in k's place.
+        total = FLOAT(0)
+        for draw in auxiliary:
+            tuple_with_draw = [*others, draw]
+            total += bound_of(tuple_with_draw) - weights_of(tuple_with_draw)[-1]
+        return total / len(auxiliary)
+
+    return _per_batch_element(
+        _learning_signal(control_variate), log_weights, auxiliary_log_weights
+    )
+
+
+def wake_phi_learning_signal(log_weights):
+    return normalized_weights(log_weights)
+
+
+def linear_surrogate(log_p, log_q_path, log_q_score, *, weights, learning_signal):
+    def functional(p, path, score, b, a):
+        total = FLOAT(0)
+        for k in range(len(p)):
+            # A coefficient of zero removes its term, also where the log-probability is -inf.
+            if b[k] != 0:
+                total += FLOAT(b[k]) * (FLOAT(p[k]) - FLOAT(path[k]))
+            if a[k] != 0:
+                total += FLOAT(a[k]) * FLOAT(score[k])
+        return total
+
+    return _per_batch_element(
+        functional, log_p, log_q_path, log_q_score, weights, learning_signal
+    )
