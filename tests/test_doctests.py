@@ -7,10 +7,17 @@ functions that the run-time type check has wrapped.
 import ast
 import doctest
 import importlib
+import sys
 
 import pytest
 
 from tests.conftest import PACKAGES, require_host, source_modules
+
+# A reader who has one host must be able to run the examples of its package.
+FOREIGN = {
+    "pyro": ("jax", "numpyro", "numpyro_gradest"),
+    "numpyro": ("torch", "pyro", "pyro_gradest"),
+}
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
@@ -29,8 +36,12 @@ def _examples() -> list:
 
 @pytest.mark.usefixtures("user_defaults")
 @pytest.mark.parametrize(("host", "module", "docstring"), _examples())
-def test_example(host: str, module: str, docstring: str, request: pytest.FixtureRequest) -> None:
+def test_example(
+    host: str, module: str, docstring: str, request: pytest.FixtureRequest, monkeypatch
+) -> None:
     require_host(host)
+    for foreign in FOREIGN[host]:
+        monkeypatch.setitem(sys.modules, foreign, None)  # importing it raises
     names = dict(vars(importlib.import_module(module)))
     example = doctest.DocTestParser().get_doctest(
         docstring, names, request.node.callspec.id, module, 0
