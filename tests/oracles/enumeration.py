@@ -226,3 +226,12 @@ def estimator_gradients(
                     gradient = gradient + terms.reshape(len(terms), -1).sum(axis=1)
             gradients.append(problem.scale * gradient / num_replicates)
     return np.array(gradients)
+
+
+def expected_score(
+    problem: Problem, num_particles: int, coefficients: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """E[scale * sum_k c_k h_k], h_k the gradient of the score-function sites' log-density."""
+    nothing = np.zeros_like
+    gradients = estimator_gradients(problem, num_particles, coefficients, nothing)
+    return tuple_probabilities(problem, num_particles) @ gradients

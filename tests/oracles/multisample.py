@@ -8,10 +8,9 @@ stays far below what the tests ask of the packages.
 
 Arrays are ``[K, *batch]`` in nats. Notation: L bound, v normalised weights.
 
-Weights of zero (log-weight -inf): the objective is the expectation of L over the K-tuples that
-have at least one non-zero weight. Hence a tuple of zero weights has coefficients of zero; and a
-particle whose companions all have zero weight gets no control variate, because its own
-value decides whether the tuple counts at all.
+Weights of zero (log-weight -inf): where a control variate is -inf, because nothing but particle k
+has weight, particle k is credited as in wake-phi, a_k = v_k = 1; a tuple in which no particle has
+weight has coefficients of zero. Everything else is the plain formula.
 """
 
 import numpy as np
@@ -22,9 +21,9 @@ FLOAT = np.longdouble
 def log_sum_exp(terms):
     """log of the sum of exp of a list of scalars; -inf for an empty list."""
     terms = [FLOAT(term) for term in terms]
-    largest = max(terms, default=-np.inf)
-    if largest == -np.inf:
-        return FLOAT(-np.inf)
+    largest = max(terms, default=FLOAT(-np.inf))
+    if np.isinf(largest):
+        return largest
     total = FLOAT(0)
     for term in terms:
         total += np.exp(term - largest)
@@ -81,73 +80,65 @@ def effective_sample_size(log_weights):
     return _per_batch_element(size, log_weights)
 
 
-def _learning_signal(control_variate):
-    """a_k = L - control variate_k - v_k, with the conventions for weights of zero.
+def _signal(log_weights, control_variate):
+    """a_k = L - control variate_k - v_k of a list of log-weights.
 
-    ``control_variate(others, K)`` sees the other particles only: that is what makes it one.
+    ``control_variate(others)`` sees the other particles only: that is what makes it one.
     """
-
-    def signal(lw, *auxiliary):
-        bound, weights = bound_of(lw), weights_of(lw)
+    bound, weights = bound_of(log_weights), weights_of(log_weights)
+    coefficients = []
+    for k, weight in enumerate(weights):
+        control = control_variate(log_weights[:k] + log_weights[k + 1 :])
         if bound == -np.inf:
-            return [FLOAT(0) for _ in lw]
-        coefficients = []
-        for k, weight in enumerate(weights):
-            others = lw[:k] + lw[k + 1 :]
-            companions_have_weight = log_sum_exp(others) > -np.inf
-            control = control_variate(others, len(lw), *auxiliary) if companions_have_weight else 0
+            coefficients.append(FLOAT(0))
+        elif control == -np.inf:
+            coefficients.append(weight)
+        else:
             coefficients.append(bound - control - weight)
-        return coefficients
-
-    return signal
+    return coefficients
 
 
 def reinforce_learning_signal(log_weights):
-    return _per_batch_element(_learning_signal(lambda others, K: FLOAT(0)), log_weights)
+    return _per_batch_element(lambda lw: _signal(lw, lambda others: FLOAT(0)), log_weights)
 
 
 def vimco_learning_signal(log_weights, *, leave_one_out="geometric"):
-    def control_variate(others, K):
+    def control_variate(others):
         # The bound again, with a mean of the other weights in the place of particle k.
         if leave_one_out == "geometric":
-            stand_in = sum(FLOAT(x) for x in others) / (K - 1)
+            stand_in = sum(FLOAT(x) for x in others) / len(others)
         else:
             stand_in = bound_of(others)
         return bound_of([*others, stand_in])
 
-    return _per_batch_element(_learning_signal(control_variate), log_weights)
+    return _per_batch_element(lambda lw: _signal(lw, control_variate), log_weights)
 
 
 def ovis_gamma_learning_signal(log_weights, *, gamma=0.0):
-    def control_variate(others, K):
-        # The limit of the optimal control variate: particle k adds nothing to the average.
-        return log_sum_exp(others) - np.log(FLOAT(K))
-
     def signal(lw):
-        coefficients = _learning_signal(control_variate)(lw)
-        weights = weights_of(lw)
-        for k, weight in enumerate(weights):
-            others = lw[:k] + lw[k + 1 :]
-            if log_sum_exp(others) > -np.inf:
-                coefficients[k] += gamma * np.log1p(-1 / FLOAT(len(lw)))
-            coefficients[k] += gamma * weight
+        # The limit of the optimal control variate: particle k adds nothing to the average.
+        coefficients = _signal(lw, lambda others: log_sum_exp(others) - np.log(FLOAT(len(lw))))
+        for k, weight in enumerate(weights_of(lw)):
+            if log_sum_exp(lw[:k] + lw[k + 1 :]) > -np.inf:
+                coefficients[k] += gamma * (weight + np.log1p(-1 / FLOAT(len(lw))))
         return coefficients
 
     return _per_batch_element(signal, log_weights)
 
 
 def ovis_mc_learning_signal(log_weights, auxiliary_log_weights):
-    def control_variate(others, K, auxiliary):
-        # The average prefactor L - v_k that an independent draw would have had in k's place.
-        total = FLOAT(0)
-        for draw in auxiliary:
-            tuple_with_draw = [*others, draw]
-            total += bound_of(tuple_with_draw) - weights_of(tuple_with_draw)[-1]
-        return total / len(auxiliary)
+    def signal(lw, auxiliary):
+        def prefactor_of(draw, others):
+            # L - v_k as it would have been with an independent draw in the place of particle k.
+            stand_in = [*others, draw]
+            return bound_of(stand_in) - weights_of(stand_in)[-1]
 
-    return _per_batch_element(
-        _learning_signal(control_variate), log_weights, auxiliary_log_weights
-    )
+        per_draw = [
+            _signal(lw, lambda others, draw=draw: prefactor_of(draw, others)) for draw in auxiliary
+        ]
+        return [sum(of_particle) / len(auxiliary) for of_particle in zip(*per_draw, strict=True)]
+
+    return _per_batch_element(signal, log_weights, auxiliary_log_weights)
 
 
 def wake_phi_learning_signal(log_weights):
@@ -165,6 +156,4 @@ def linear_surrogate(log_p, log_q_path, log_q_score, *, weights, learning_signal
                 total += FLOAT(a[k]) * FLOAT(score[k])
         return total
 
-    return _per_batch_element(
-        functional, log_p, log_q_path, log_q_score, weights, learning_signal
-    )
+    return _per_batch_element(functional, log_p, log_q_path, log_q_score, weights, learning_signal)

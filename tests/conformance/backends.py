@@ -1,0 +1,143 @@
+"""What a test needs to run on both backends: arrays in and out, gradients, the package.
+
+Test-only and as thin as it can be: the packages themselves share nothing.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+HOSTS = ("pyro", "numpyro")
+
+
+class PyroBackend:
+    """torch tensors, pyro_gradest."""
+
+    host = "pyro"
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch = torch
+
+    @property
+    def estimators(self) -> ModuleType:
+        return importlib.import_module("pyro_gradest.estimators")
+
+    @property
+    def package(self) -> ModuleType:
+        return importlib.import_module("pyro_gradest")
+
+    def array(self, value: Any) -> Any:
+        return self._torch.as_tensor(np.array(value))
+
+    def numpy(self, value: Any) -> np.ndarray:
+        return value.detach().numpy()
+
+    def gradients(self, function: Callable[..., Any], *arguments: np.ndarray) -> list[np.ndarray]:
+        """Derivative of the sum of ``function(*arguments)`` in each argument; zeros if constant."""
+        leaves = [self.array(argument).requires_grad_() for argument in arguments]
+        total = function(*leaves).sum()
+        if not total.requires_grad:
+            return [np.zeros_like(argument) for argument in arguments]
+        gradients = self._torch.autograd.grad(total, leaves, allow_unused=True)
+        return [
+            np.zeros_like(argument) if gradient is None else self.numpy(gradient)
+            for argument, gradient in zip(arguments, gradients, strict=True)
+        ]
+
+    def take(self, array: Any, indices: tuple[np.ndarray, ...]) -> Any:
+        """``array[indices]`` with NumPy indices."""
+        return array[tuple(self.array(index) for index in indices)]
+
+    def stack(self, arrays: Sequence[Any]) -> Any:
+        return self._torch.stack(list(arrays))
+
+    def log_softmax(self, logits: Any) -> Any:
+        return self._torch.log_softmax(logits, dim=-1)
+
+    def largest_intermediate(self, function: Callable[..., Any], *arguments: Any) -> int:
+        """Elements of the largest tensor that any operation inside ``function`` returns."""
+        from torch.utils._python_dispatch import TorchDispatchMode
+        from torch.utils._pytree import tree_leaves
+
+        torch, sizes = self._torch, [0]
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                result = func(*args, **(kwargs or {}))
+                sizes.extend(x.numel() for x in tree_leaves(result) if torch.is_tensor(x))
+                return result
+
+        with Recorder():
+            function(*arguments)
+        return max(sizes)
+
+
+class NumPyroBackend:
+    """JAX arrays, numpyro_gradest."""
+
+    host = "numpyro"
+
+    def __init__(self) -> None:
+        import jax
+
+        self._jax = jax
+
+    @property
+    def estimators(self) -> ModuleType:
+        return importlib.import_module("numpyro_gradest.estimators")
+
+    @property
+    def package(self) -> ModuleType:
+        return importlib.import_module("numpyro_gradest")
+
+    def array(self, value: Any) -> Any:
+        return self._jax.numpy.asarray(value)
+
+    def numpy(self, value: Any) -> np.ndarray:
+        return np.asarray(value)
+
+    def gradients(self, function: Callable[..., Any], *arguments: np.ndarray) -> list[np.ndarray]:
+        """Derivative of the sum of ``function(*arguments)`` in each argument."""
+        gradient = self._jax.grad(
+            lambda *leaves: function(*leaves).sum(), argnums=tuple(range(len(arguments)))
+        )
+        # One compilation instead of one per operation.
+        return [np.asarray(g) for g in self._jax.jit(gradient)(*map(self.array, arguments))]
+
+    def take(self, array: Any, indices: tuple[np.ndarray, ...]) -> Any:
+        """``array[indices]`` with NumPy indices."""
+        return array[indices]
+
+    def stack(self, arrays: Sequence[Any]) -> Any:
+        return self._jax.numpy.stack(list(arrays))
+
+    def log_softmax(self, logits: Any) -> Any:
+        return self._jax.nn.log_softmax(logits, axis=-1)
+
+    def largest_intermediate(self, function: Callable[..., Any], *arguments: Any) -> int:
+        """Elements of the largest array that any operation inside ``function`` returns."""
+        return _largest_in(self._jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _largest_in(jaxpr: Any) -> int:
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes.extend(variable.aval.size for variable in equation.outvars)
+        for parameter in equation.params.values():
+            nested: Sequence[Any] = parameter if isinstance(parameter, tuple) else (parameter,)
+            for item in nested:
+                if hasattr(item, "jaxpr"):  # the body of a nested jit, cond or loop
+                    sizes.append(_largest_in(item.jaxpr))
+    return max(sizes)
+
+
+Backend = PyroBackend | NumPyroBackend
+
+
+def backend_for(host: str) -> Backend:
+    return {"pyro": PyroBackend, "numpyro": NumPyroBackend}[host]()
