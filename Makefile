@@ -16,6 +16,7 @@ HOST ?= numpyro
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+IS_RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 # The pinned versions. An unpinned torch would bring gigabytes of CUDA libraries.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -46,13 +47,14 @@ bench: $(STAMP)
 snr: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.snr_gaussian_toy
 
-# Installed last and stamped last, so an interrupted installation is taken up again.
+# Stamped last, so an interrupted installation is taken up again.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "gradest needs Python 3.11 or newer, got '$(PYTHON)' ($$($(PYTHON) --version 2>&1))." \
-	    "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	@echo "Installing into $(VENV) (some minutes the first time) ..."
+	@$(BIN)/python $(IS_RECENT) 2>/dev/null || { \
+	  $(PYTHON) $(IS_RECENT) || { \
+	    echo "gradest needs Python 3.11 or newer, got '$(PYTHON)' ($$($(PYTHON) --version 2>&1))." \
+	      "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }; \
+	  $(PYTHON) -m venv --clear $(VENV); }
+	@echo "Installing into $(VENV), which takes some minutes the first time"
 	$(INSTALL) torch
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
