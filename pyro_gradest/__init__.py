@@ -1,1 +1,8 @@
-"""x"""
+"""Gradient estimators for variational inference in Pyro."""
+
+from pyro_gradest import estimators
+from pyro_gradest.infer import IWAE, OVIS, VIMCO
+
+__version__ = "0.1.0"
+
+__all__ = ["IWAE", "OVIS", "VIMCO", "estimators"]

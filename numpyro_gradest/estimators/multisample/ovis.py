@@ -111,8 +111,8 @@ def ovis_mc_learning_signal(
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
-        >>> log_weights = jnp.log(jnp.array([1.0, 3.0]))
-        >>> print(np.asarray(ovis_mc_learning_signal(log_weights, jnp.log(jnp.array([2.0])))).round(4))
+        >>> log_weights, auxiliary = jnp.log(jnp.array([1.0, 3.0])), jnp.log(jnp.array([2.0]))
+        >>> print(np.asarray(ovis_mc_learning_signal(log_weights, auxiliary)).round(4))
         [-0.0731  0.2043]
 
     References:

@@ -1,0 +1,8 @@
+"""Layer 2: model and guide in, a loss for SVI out."""
+
+from numpyro_gradest.infer.iwae import IWAE
+from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO
+from numpyro_gradest.infer.ovis import OVIS
+from numpyro_gradest.infer.vimco import VIMCO
+
+__all__ = ["IWAE", "OVIS", "VIMCO", "MultiSampleELBO"]

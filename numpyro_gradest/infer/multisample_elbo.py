@@ -1,0 +1,201 @@
+"""Base of the multi-sample objectives: log-weights in, a loss with the right gradient out.
+
+Notation: K = num_particles, R = num_replicates, lw_k = log p(x, z_k) - log q(z_k | x).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from numpyro.infer import ELBO
+
+from numpyro_gradest.estimators import iwae_bound, linear_surrogate, normalized_weights
+from numpyro_gradest.infer._particles import Particles, Program, refuse_nan, run_particle
+
+
+class MultiSampleELBO(ELBO, ABC):
+    r"""Base of the objectives that weigh K particles against each other.
+
+    A subclass is one function from log-weights to the learning signal a. The loss is the negative
+    importance-weighted bound, summed over the elements of the plates common to all sites of model
+    and guide, and its gradient that of
+
+    .. math:: -\sum_k b_k \log p(x, z_k) - b_k \log q_{\mathrm{path}} + a_k \log q_{\mathrm{score}}
+
+    with b the self-normalised weights, and a and b held constant.
+
+    Args:
+        num_particles: K, the number of particles in the bound.
+        reparam: ``"pathwise"`` differentiates through the values of guide sites with a
+            reparameterised sampler; ``"score"`` takes the score function at every random site.
+        num_replicates: Number of independent K-particle bounds that are averaged.
+        chunk_size: Run the particles in chunks of this size, so that memory does not grow with
+            ``num_particles``; the random numbers are the same, and so is, to rounding, the
+            gradient. Model and guide run three times instead of once.
+        vectorize_particles: As in the host: ``True`` for ``vmap``, ``False`` for ``lax.map``, or a
+            callable ``(fn, keys) -> stacked results``.
+
+    Raises:
+        TypeError: If an option has the wrong type.
+        ValueError: If an option has a value that makes no sense.
+    """
+
+    can_infer_discrete = True
+    # VIMCO and OVIS leave one particle out.
+    _least_particles = 1
+    num_auxiliary = 0
+
+    def __init__(
+        self,
+        num_particles: int,
+        *,
+        reparam: str = "pathwise",
+        num_replicates: int = 1,
+        chunk_size: int | None = None,
+        vectorize_particles: bool | Callable = True,
+    ) -> None:
+        name = type(self).__name__
+        check_count(name, "num_particles", num_particles)
+        check_count(name, "num_replicates", num_replicates)
+        if chunk_size is not None:
+            check_count(name, "chunk_size", chunk_size)
+        if num_particles < self._least_particles:
+            raise ValueError(
+                f"{name} compares each particle with the others and needs num_particles >= "
+                f"{self._least_particles}, got {num_particles}. Raise num_particles, or use "
+                f"IWAE({num_particles}), which is the ELBO; to average several one-particle bounds "
+                "use IWAE(1, num_replicates=...)."
+            )
+        if reparam not in ("pathwise", "score"):
+            raise ValueError(f'{name} needs reparam="pathwise" or "score", got {reparam!r}.')
+        if chunk_size is not None and callable(vectorize_particles):
+            raise ValueError(
+                f"{name} got both chunk_size={chunk_size} and a callable vectorize_particles, but "
+                "either decides how particles are run. Pass one of the two."
+            )
+        super().__init__(num_particles, vectorize_particles)
+        self.reparam = reparam
+        self.num_replicates = num_replicates
+        self.chunk_size = chunk_size
+
+    @abstractmethod
+    def _learning_signal(
+        self,
+        log_weights: Float[Array, " K *batch"],
+        auxiliary_log_weights: Float[Array, " S *batch"] | None,
+    ) -> Float[Array, " K *batch"]:
+        """Full coefficient of grad log q at score-function sites."""
+
+    def _guide_surrogate(self, program: Program, key: Array) -> Float[Array, ""] | float:
+        """A further term whose gradient is added; its value is not."""
+        return 0.0
+
+    def loss_with_mutable_state(
+        self,
+        rng_key: Array,
+        param_map: dict[str, Any],
+        model: Callable,
+        guide: Callable,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Negative bound in nats, and the state of ``mutable`` sites averaged over particles.
+
+        Args:
+            rng_key: Random key of this evaluation.
+            param_map: Constrained values of the ``param`` sites, by name.
+            model: NumPyro model.
+            guide: NumPyro guide.
+            args: Arguments of model and guide.
+            kwargs: Keyword arguments of model and guide.
+
+        Returns:
+            ``{"loss": scalar, "mutable_state": dict or None}``. The value is the bound, the
+            gradient that of the estimator.
+
+        Raises:
+            ValueError: If model and guide do not match, a site is enumerated, a shape does not fit
+                its plate, a plate that is not common to all sites is subsampled, or (outside of
+                ``jit``, or with ``numpyro.enable_validation()``) a log-probability is NaN.
+        """
+        plate_key, main_key, auxiliary_key, guide_key = jax.random.split(rng_key, 4)
+        program = Program(model, guide, param_map, args, kwargs, self.reparam)
+        program = program.with_plate_key(plate_key)
+
+        keys = jax.random.split(main_key, self.num_particles * self.num_replicates)
+        particles = self._run(program.detached() if self.chunk_size else program, keys)
+        refuse_nan(particles.has_nan)
+        log_weights = self._by_replicate(particles.log_weights)
+        auxiliary = None
+        if self.num_auxiliary:
+            keys_s = jax.random.split(auxiliary_key, self.num_auxiliary * self.num_replicates)
+            auxiliary = self._by_replicate(self._run(program.detached(), keys_s).log_weights)
+
+        scale = particles.bound_scale / self.num_replicates
+        weights = normalized_weights(log_weights).reshape(scale.shape)
+        signal = self._learning_signal(log_weights, auxiliary).reshape(scale.shape)
+        if self.chunk_size:
+            # Only keys and coefficients are kept: the backward pass runs each chunk again.
+            @jax.checkpoint
+            def rerun(key: Array, *coefficients: Array) -> Array:
+                return _surrogate(self._run(program, key[None]), *(c[None] for c in coefficients))
+
+            chunks = (keys, scale * weights, scale * signal)
+            surrogate = jax.lax.map(lambda xs: rerun(*xs), chunks, batch_size=self.chunk_size).sum()
+        else:
+            surrogate = _surrogate(particles, scale * weights, scale * signal)
+        surrogate += self._guide_surrogate(program, guide_key)
+
+        bound = jnp.sum(scale[0] * iwae_bound(log_weights).sum(axis=0))
+        # The second term is exactly zero: it brings the gradient and leaves the value alone.
+        loss = -(jax.lax.stop_gradient(bound) + (surrogate - jax.lax.stop_gradient(surrogate)))
+        return {"loss": loss, "mutable_state": _mean_state(particles.mutable_state) or None}
+
+    def _run(self, program: Program, keys: Array) -> Particles:
+        """One particle for each key, stacked along axis 0."""
+        if len(keys) == 1:
+            return jax.tree.map(
+                lambda leaf: jnp.asarray(leaf)[None], run_particle(program, keys[0])
+            )
+        if self.chunk_size:
+            return jax.lax.map(partial(run_particle, program), keys, batch_size=self.chunk_size)
+        return self.vectorize_particles_fn(partial(run_particle, program), keys)
+
+    def _by_replicate(
+        self, log_weights: Float[Array, " runs *batch"]
+    ) -> Float[Array, " K replicates *batch"]:
+        return log_weights.reshape(-1, self.num_replicates, *log_weights.shape[1:])
+
+
+def _surrogate(particles: Particles, weights: Array, learning_signal: Array) -> Float[Array, ""]:
+    return linear_surrogate(
+        particles.log_p,
+        particles.log_q_path,
+        particles.log_q_score,
+        weights=weights,
+        learning_signal=learning_signal,
+    ).sum()
+
+
+def _mean_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Average the state that each particle left behind; what is not a float is the first's."""
+
+    def mean(leaf: Array) -> Array:
+        return leaf.mean(axis=0) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf[0]
+
+    return jax.tree.map(mean, state)
+
+
+def check_count(caller: str, name: str, value: int) -> None:
+    """Refuse what is not a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{caller} needs {name} as a positive integer, got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+    if value < 1:
+        raise ValueError(f"{caller} needs {name} >= 1, got {value}.")

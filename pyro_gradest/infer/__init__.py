@@ -1,0 +1,8 @@
+"""Layer 2: model and guide in, a loss for SVI out."""
+
+from pyro_gradest.infer.iwae import IWAE
+from pyro_gradest.infer.multisample_elbo import MultiSampleELBO
+from pyro_gradest.infer.ovis import OVIS
+from pyro_gradest.infer.vimco import VIMCO
+
+__all__ = ["IWAE", "OVIS", "VIMCO", "MultiSampleELBO"]

@@ -1,0 +1,99 @@
+"""Importance-weighted bound with the plain score function.
+
+Notation: v self-normalised weights, L the K-sample bound, h_k the gradient of log q(z_k | x).
+"""
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_gradest.estimators import reinforce_learning_signal
+from pyro_gradest.infer.multisample_elbo import MultiSampleELBO
+
+
+class IWAE(MultiSampleELBO):
+    r"""Importance-weighted bound: pathwise gradient, plain score function at discrete sites.
+
+    .. math:: L = \log \frac1K \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k | x)}, \qquad z_k \sim q
+
+    Maximised over model and guide. There is one bound for each element of the plates common to all
+    sites of model and guide; plate subsampling scales the bound, not the weights. Reparameterised
+    sites get the pathwise gradient; the others :math:`\sum_k (L - v_k) h_k`, whose variance is
+    large: prefer :class:`VIMCO` or :class:`OVIS` for guides with discrete sites. ``IWAE(1)`` is
+    the ELBO.
+
+
+    Args:
+        num_particles: K, the number of particles in the bound.
+        reparam: ``"pathwise"`` differentiates through the values of reparameterised guide sites;
+            ``"score"`` takes the score function at every random site.
+        num_replicates: Number of independent K-particle bounds to average.
+        chunk_size: Run particles in chunks of this size: memory does not grow with
+            ``num_particles``, at two forward passes instead of one.
+        **host_options: The arguments of the host's :class:`~pyro.infer.elbo.ELBO`:
+            ``max_plate_nesting``, ``vectorize_particles``, ``strict_enumeration_warning``,
+            ``retain_graph``, ``ignore_jit_warnings``, ``jit_options``, ``tail_adaptive_beta``.
+
+    Raises:
+        TypeError: If a count is not an integer, or an option is unknown.
+        ValueError: If an option has a value that makes no sense; at the first evaluation,
+            if model and guide do not match.
+
+    Bias and variance:
+        Unbiased for the gradient of the K-sample bound. The signal-to-noise ratio of the pathwise
+        guide gradient falls as 1/sqrt(K).
+
+
+    Cost:
+        K evaluations of model and guide, and O(K) to combine them.
+
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro.infer import SVI
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Bernoulli(0.3))
+        ...         pyro.sample("x", dist.Normal(3 * z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     slope = pyro.param("slope", torch.tensor(0.1))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Bernoulli(logits=slope * x))
+        >>> loss = IWAE(num_particles=10, vectorize_particles=True)
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), loss=loss)
+        >>> x = torch.tensor([-0.5, 0.2, 2.9, 3.3])
+        >>> losses = [svi.step(x) for _ in range(100)]
+        >>> bool(pyro.param("slope") > 0.1)
+        True
+
+    References:
+        Burda, Grosse and Salakhutdinov, `Importance Weighted Autoencoders
+        <https://arxiv.org/abs/1509.00519>`_, 2016, equations 8 and 14.
+    """
+
+    def __init__(
+        self,
+        num_particles: int,
+        *,
+        reparam: str = "pathwise",
+        num_replicates: int = 1,
+        chunk_size: int | None = None,
+        **host_options: Any,
+    ) -> None:
+        super().__init__(
+            num_particles,
+            reparam=reparam,
+            num_replicates=num_replicates,
+            chunk_size=chunk_size,
+            **host_options,
+        )
+
+    def _learning_signal(
+        self,
+        log_weights: Float[Tensor, " K *batch"],
+        auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
+    ) -> Float[Tensor, " K *batch"]:
+        return reinforce_learning_signal(log_weights)
