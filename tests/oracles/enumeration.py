@@ -30,7 +30,10 @@ class Densities(NamedTuple):
     log_q: np.ndarray
     """log q(z) as it enters the weight, every site with its scale and mask."""
     log_score: np.ndarray
-    """log-density that the score-function sites are drawn from: neither scaled nor masked."""
+    """log-density of the score-function sites whose gradient the learning signal multiplies: that
+    of drawing them, not scaled with their weight."""
+    log_drawn: np.ndarray | None = None
+    """log-probability of drawing the state, if it is not the sum of ``log_score``."""
 
 
 class Problem(NamedTuple):
@@ -41,8 +44,8 @@ class Problem(NamedTuple):
     densities: Callable[[Params, State, np.ndarray | None], Densities]
     """(params, state, subsample) -> Densities; ``subsample`` holds a plate's drawn indices."""
     batch_shape: tuple[int, ...] = ()
-    scale: float = 1.0
-    """What multiplies the bound: N/B, and any scale common to every site."""
+    scale: float | np.ndarray = 1.0
+    """What multiplies the bound of each batch element: N/B, and any scale common to every site."""
     subsamples: Sequence[np.ndarray | None] = (None,)
     log_noise: float = 0.0
     """log-probability of one point of the noise; the same for every state."""
@@ -117,15 +120,13 @@ def _bound_or_nothing(log_weights):
 
 def _all_densities(problem: Problem, params: Params, subsample) -> list[Densities]:
     """The densities of every state, computed once and combined into tuples afterwards."""
-    return [
-        Densities(
-            *(
-                np.broadcast_to(value, problem.batch_shape)
-                for value in problem.densities(params, state, subsample)
-            )
-        )
-        for state in problem.states
-    ]
+    densities = []
+    for state in problem.states:
+        *terms, log_drawn = problem.densities(params, state, subsample)
+        terms = [np.broadcast_to(term, problem.batch_shape) for term in terms]
+        log_drawn = np.sum(terms[-1]) if log_drawn is None else log_drawn
+        densities.append(Densities(*terms, log_drawn + problem.log_noise))
+    return densities
 
 
 def tuples(problem: Problem, num_draws: int) -> list[tuple[int, ...]]:
@@ -138,12 +139,14 @@ def expected_bound(problem: Problem, params: Params, num_particles: int):
     total = 0.0
     for subsample in problem.subsamples:
         states = _all_densities(problem, params, subsample)
-        log_probs = [np.sum(d.log_score) + problem.log_noise for d in states]
+        log_probs = [d.log_drawn for d in states]
         log_weights = [d.log_p - d.log_q for d in states]
         for indices in tuples(problem, num_particles):
             bound = _bound_or_nothing(np.stack([log_weights[i] for i in indices]))
-            total = total + np.exp(sum(log_probs[i] for i in indices)) * np.sum(bound)
-    return problem.scale * total / len(problem.subsamples)
+            total = total + np.exp(sum(log_probs[i] for i in indices)) * np.sum(
+                problem.scale * bound
+            )
+    return total / len(problem.subsamples)
 
 
 def exact_gradient(problem: Problem, num_particles: int) -> np.ndarray:
@@ -176,7 +179,7 @@ def tuple_probabilities(problem: Problem, num_draws: int) -> np.ndarray:
     probabilities = []
     for subsample in problem.subsamples:
         states = _all_densities(problem, problem.params, subsample)
-        one = np.array([np.exp(np.sum(d.log_score) + problem.log_noise) for d in states])
+        one = np.exp([d.log_drawn for d in states])
         for indices in tuples(problem, num_draws):
             probabilities.append(np.prod(one[list(indices)]) / len(problem.subsamples))
     return np.array(probabilities)
@@ -207,7 +210,7 @@ def estimator_gradients(
         states = _all_densities(problem, problem.params, subsample)
 
         def stacked(params, subsample=subsample):
-            return np.stack([np.stack(d) for d in _all_densities(problem, params, subsample)])
+            return np.stack([np.stack(d[:3]) for d in _all_densities(problem, params, subsample)])
 
         # [P, states, 3, *batch] -> per state and density, the derivative in every parameter
         slopes = complex_step_gradient(stacked, problem.params)
@@ -223,8 +226,9 @@ def estimator_gradients(
                 for k, state in enumerate(bound_draws):
                     slope_p, slope_q, slope_score = (slopes[:, state, i] for i in range(3))
                     terms = v[k] * (slope_p - slope_q) + (a[k] + v[k]) * slope_score
+                    terms = problem.scale * terms / num_replicates
                     gradient = gradient + terms.reshape(len(terms), -1).sum(axis=1)
-            gradients.append(problem.scale * gradient / num_replicates)
+            gradients.append(gradient)
     return np.array(gradients)
 
 
