@@ -33,6 +33,8 @@ class Program(NamedTuple):
     kwargs: dict[str, Any]
     reparam: str
     """``"pathwise"``, or ``"score"`` to take the score function at every random guide site."""
+    is_weighted: bool
+    """Whether particles are weighed against each other, so that log-weights must be whole."""
 
     def with_plate_key(self, key: Array) -> "Program":
         """Draw every plate's subsample from one key, so that all particles see the same data."""
@@ -51,10 +53,12 @@ class Particles(NamedTuple):
 
     log_p: Float[Array, " *batch"]
     """log p(x, z), summed over all sites of the model."""
-    log_q_path: Float[Array, " *batch"]
-    """log q of the guide's reparameterised sites: gradients flow through their values."""
     log_q_score: Float[Array, " *batch"]
-    """log q of the guide's score-function sites: their values are detached."""
+    """Log-density of the draws at the guide's score-function sites, whose values are detached. A
+    draw happens whatever its scale and mask: they are left out."""
+    log_q_path: Float[Array, " *batch"]
+    """The rest of log q: the reparameterised sites, whose values are attached, and what scale and
+    mask add to the score-function sites."""
     bound_scale: Float[Array, " *batch"]
     """What multiplies the bound: N/B of subsampled plates, and a scale common to all sites."""
     mutable_state: dict[str, Any]
@@ -79,7 +83,7 @@ class CommonPlates(NamedTuple):
 
 def run_particle(program: Program, key: Array) -> Particles:
     """Run the guide, then the model at the guide's values, and read their log-probabilities."""
-    return read_particle(*trace_particle(program, key), program.reparam)
+    return read_particle(program, *trace_particle(program, key))
 
 
 def trace_particle(program: Program, key: Array) -> tuple[Trace, Trace]:
@@ -97,24 +101,31 @@ def trace_particle(program: Program, key: Array) -> tuple[Trace, Trace]:
     return model_trace, guide_trace
 
 
-def read_particle(model_trace: Trace, guide_trace: Trace, reparam: str) -> Particles:
+def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> Particles:
     """Sum the log-probabilities of all sites to one number per element of the common plates."""
-    plates = common_plates(model_trace, guide_trace)
+    plates = common_plates(program, model_trace, guide_trace)
     terms = [_read_site("log_p", name, site, plates) for name, site in samples(model_trace)]
     for name, site in samples(guide_trace):
-        part = "log_q_score" if _is_score_site(site, reparam) else "log_q_path"
+        part = "log_q_score" if _is_score_site(site, program.reparam) else "log_q_path"
         terms.append(_read_site(part, name, site, plates))
 
     common_scale = _common_scale(terms, plates)
+    is_active = _is_active(terms, plates)
     totals = dict.fromkeys(("log_p", "log_q_path", "log_q_score"), jnp.zeros(plates.sizes))
     has_nan: dict[str, Array] = {}
     for term in terms:
-        log_prob = term.log_prob
-        has_nan[term.name] = jnp.isnan(log_prob).any() | has_nan.get(term.name, False)
+        has_nan[term.name] = jnp.isnan(term.log_prob).any() | has_nan.get(term.name, False)
         relative = term.scale / common_scale
-        if not (_is_number(relative) and relative == 1):
-            log_prob = relative * log_prob
-        totals[term.part] += _to_batch(log_prob, term.dims, plates)
+        is_scaled = not (_is_number(relative) and relative == 1)
+        log_prob = relative * term.log_prob if is_scaled else term.log_prob
+        total = _to_batch(log_prob, term.dims, plates)
+        if term.part == "log_q_score" and (is_scaled or term.mask is not True):
+            drawn = term.site | {"fn": _unmasked(term.site["fn"])}
+            density = _to_batch(_log_prob(term.name, drawn), term.dims, plates)
+            density = jnp.where(is_active, density, 0.0)
+            totals["log_q_path"] += total - density
+            total = density
+        totals[term.part] += total
     bound_scale = plates.subsample_scale * jnp.ones(plates.sizes)
     if terms:
         bound_scale *= _to_batch(jnp.asarray(common_scale), terms[0].dims, plates)
@@ -165,8 +176,8 @@ def dream_log_q(
     return total
 
 
-def common_plates(model_trace: Trace, guide_trace: Trace) -> CommonPlates:
-    """Find the plates that enclose every sample site; refuse subsampling in any other."""
+def common_plates(program: Program, model_trace: Trace, guide_trace: Trace) -> CommonPlates:
+    """Find the plates that enclose every sample site; weights refuse subsampling in any other."""
     traces = {"model": model_trace, "guide": guide_trace}
     sites = [(side, *item) for side, trace in traces.items() for item in samples(trace)]
     sizes: dict[str, tuple[int, str]] = {}
@@ -189,12 +200,13 @@ def common_plates(model_trace: Trace, guide_trace: Trace) -> CommonPlates:
             if plate in _plate_dims(site):
                 continue
             dims.pop(plate, None)
-            if full_sizes[plate] > size:
+            if program.is_weighted and full_sizes[plate] > size:
                 raise ValueError(
                     f"Plate {plate!r} is subsampled ({size} of {full_sizes[plate]}) but {side} "
-                    f"site {name!r} lies outside of it, while {inside} lies inside. With more than "
-                    "one particle the weights of a subsample say nothing about the rest of the "
-                    f"data: put {name!r} inside the plate, or do not subsample {plate!r}."
+                    f"site {name!r} lies outside of it, while {inside} lies inside. The weights of "
+                    f"a subsample say nothing about the rest of the data: put {name!r} inside the "
+                    f"plate, do not subsample {plate!r}, or use one particle (the ELBO; average "
+                    "several with num_replicates)."
                 )
     names = tuple(sorted(dims, key=dims.__getitem__))
     return CommonPlates(
@@ -243,19 +255,27 @@ class _Term(NamedTuple):
 
     part: str
     name: str
+    site: Site
     log_prob: Array
     """Masked, without scale."""
     dims: dict[str, int]
     scale: Scale
-    """The product of the scale handlers, without the N/B of plates."""
+    """The product of the scale handlers (and of N/B of plates that are not common)."""
+    mask: bool | Array
 
 
 def _read_site(part: str, name: str, site: Site, plates: CommonPlates) -> _Term:
     log_prob = _log_prob(name, site)
-    dims = _plate_dims(site)
     _check_plate_shape(name, site, log_prob)
-    scale = 1.0 if site["scale"] is None else site["scale"] / plates.subsample_scale
-    return _Term(part, name, log_prob, dims, scale)
+    return _Term(
+        part=part,
+        name=name,
+        site=site,
+        log_prob=log_prob,
+        dims=_plate_dims(site),
+        scale=(1.0 if site["scale"] is None else site["scale"]) / plates.subsample_scale,
+        mask=_mask(site["fn"]),
+    )
 
 
 def _common_scale(terms: list[_Term], plates: CommonPlates) -> Scale:
@@ -279,6 +299,41 @@ def _common_scale(terms: list[_Term], plates: CommonPlates) -> Scale:
     for term in terms:
         same &= jnp.isclose(term.scale, first, rtol=1e-6, atol=0.0)
     return jnp.where(same, first, 1.0)
+
+
+def _is_active(terms: list[_Term], plates: CommonPlates) -> bool | Array:
+    """Whether any site counts, by element of the common plates: none does in padding."""
+    if any(term.mask is True for term in terms):
+        return True
+    masks = [
+        _to_batch(jnp.broadcast_to(term.mask, term.log_prob.shape) * 1, term.dims, plates)
+        for term in terms
+    ]
+    return sum(masks, jnp.zeros(plates.sizes)) > 0
+
+
+def _mask(fn: dist.Distribution) -> bool | Array:
+    """The mask under which a distribution lies, True where there is none."""
+    if isinstance(fn, dist.MaskedDistribution):
+        inner = _mask(fn.base_dist)
+        return fn._mask if inner is True else fn._mask & inner
+    if isinstance(fn, dist.ExpandedDistribution):
+        return _mask(fn.base_dist)
+    if isinstance(fn, dist.Independent):
+        inner = _mask(fn.base_dist)
+        event_dims = tuple(range(-fn.reinterpreted_batch_ndims, 0))
+        return inner if isinstance(inner, bool) else inner.any(event_dims)
+    return True
+
+
+def _unmasked(fn: dist.Distribution) -> dist.Distribution:
+    if isinstance(fn, dist.MaskedDistribution):
+        return _unmasked(fn.base_dist)
+    if isinstance(fn, dist.ExpandedDistribution):
+        return _unmasked(fn.base_dist).expand(fn.batch_shape)
+    if isinstance(fn, dist.Independent):
+        return _unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+    return fn
 
 
 def _log_prob(name: str, site: Site) -> Array:
@@ -345,26 +400,18 @@ def _is_deterministic(site: Site) -> bool:
 def refuse_nan(has_nan: dict[str, Bool[Array, " particles"]]) -> None:
     """Raise if a log-probability is NaN, naming the site.
 
-    Values that are being traced can only be looked at by a call back to the host, which costs
-    time in every step: that is done where the user asked for validation.
+    Values that are being traced (in ``svi.run``, under ``jit``) can't be looked at without a call
+    back to the host, and raising there would defeat ``stable_update``: they pass.
     """
     flags = {name: jnp.any(flag) for name, flag in has_nan.items()}
     if any(isinstance(flag, jax.core.Tracer) for flag in flags.values()):
-        if dist.Distribution._validate_args:
-            found = jnp.any(jnp.stack(list(flags.values())))
-            jax.lax.cond(found, partial(jax.debug.callback, _raise_nan), lambda _: None, flags)
-    else:
-        _raise_nan(flags)
-
-
-def _raise_nan(flags: dict[str, Bool[Array, ""]]) -> None:
-    names = [name for name, flag in flags.items() if flag]
-    if names:
+        return
+    if names := [name for name, flag in flags.items() if flag]:
         raise ValueError(
             f"The log-probability at site {names[0]!r} is NaN"
             + (f" (also at {names[1:]})" if names[1:] else "")
-            + ". Check the parameters of its distribution and the data; the parameters being "
-            "optimised have not been changed."
+            + ". Check the parameters of its distribution and the data; no parameter has been "
+            "updated."
         )
 
 

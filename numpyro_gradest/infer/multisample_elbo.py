@@ -119,11 +119,14 @@ class MultiSampleELBO(ELBO, ABC):
 
         Raises:
             ValueError: If model and guide do not match, a site is enumerated, a shape does not fit
-                its plate, a plate that is not common to all sites is subsampled, or (outside of
-                ``jit``, or with ``numpyro.enable_validation()``) a log-probability is NaN.
+                its plate, a plate that is not common to all sites is subsampled, or a
+                log-probability is NaN. Values can't be checked under ``jit``: there
+                ``stable_update`` skips such steps, and ``jax_debug_nans`` finds their origin.
         """
         plate_key, main_key, auxiliary_key, guide_key = jax.random.split(rng_key, 4)
-        program = Program(model, guide, param_map, args, kwargs, self.reparam)
+        program = Program(
+            model, guide, param_map, args, kwargs, self.reparam, is_weighted=self.num_particles > 1
+        )
         program = program.with_plate_key(plate_key)
 
         keys = jax.random.split(main_key, self.num_particles * self.num_replicates)
