@@ -37,7 +37,11 @@ def _examples() -> list:
 @pytest.mark.usefixtures("user_defaults")
 @pytest.mark.parametrize(("host", "module", "docstring"), _examples())
 def test_example(
-    host: str, module: str, docstring: str, request: pytest.FixtureRequest, monkeypatch
+    host: str,
+    module: str,
+    docstring: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     require_host(host)
     for foreign in FOREIGN[host]:

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+from collections.abc import Callable
 
 import pytest
 
@@ -27,10 +28,10 @@ CLAIMS = [
 ]
 
 
-def _public_objects(host: str) -> dict[str, object]:
+def _public_objects(host: str) -> dict[str, Callable]:
     """Public functions and classes of our package for ``host``, once each, by where they stand."""
     require_host(host)
-    found = {}
+    found: dict[str, Callable] = {}
     for module_name in source_modules(PACKAGES[host]):
         module = importlib.import_module(module_name)
         for name in getattr(module, "__all__", ()):
@@ -46,7 +47,7 @@ def _sections(docstring: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def _expected(value: object) -> set[str]:
+def _expected(value: Callable) -> set[str]:
     """The sections that fit an object; what takes log-weights or particle numbers checks them."""
     if inspect.isclass(value) and issubclass(value, tuple):
         return set()  # a record describes its fields in its text

@@ -24,7 +24,7 @@ def _below(package: str, name: str) -> str:
     return name.removeprefix(package).removeprefix(".")
 
 
-def _only_in(name: str, left: Any, right: Any, what: str) -> Iterator[Difference]:
+def _only_in(name: str, what: str, left: dict, right: dict) -> Iterator[Difference]:
     one_sided = (left.keys() - right.keys(), right.keys() - left.keys())
     for package, extra in zip(TWINS, one_sided, strict=True):
         yield from ((name, f"{what} {entry} only in {package}") for entry in sorted(extra))
@@ -49,7 +49,7 @@ def _public_members(owner: type) -> dict[str, Any]:
 
 def _signature_differences(name: str, left: Any, right: Any) -> Iterator[Difference]:
     one, two = inspect.signature(left), inspect.signature(right)
-    yield from _only_in(name, one.parameters, two.parameters, "parameter")
+    yield from _only_in(name, "parameter", dict(one.parameters), dict(two.parameters))
     shared = [parameter for parameter in one.parameters if parameter in two.parameters]
     if shared != [parameter for parameter in two.parameters if parameter in one.parameters]:
         yield name, "order of the parameters"
@@ -76,7 +76,7 @@ def _object_differences(name: str, left: Any, right: Any) -> Iterator[Difference
         yield from _signature_differences(name, left, right)
     if inspect.isclass(left):
         one, two = _public_members(left), _public_members(right)
-        yield from _only_in(name, one, two, "member")
+        yield from _only_in(name, "member", one, two)
         for member in one.keys() & two.keys():
             yield from _object_differences(f"{name}.{member}", one[member], two[member])
 
@@ -86,7 +86,7 @@ def _module_differences(module: str) -> Iterator[Difference]:
     left, right = (importlib.import_module(f"{package}.{module}".strip(".")) for package in TWINS)
     yield from _object_differences(module, left, right)
     exports = [dict.fromkeys(getattr(side, "__all__", ())) for side in (left, right)]
-    yield from _only_in(module, *exports, "name")
+    yield from _only_in(module, "name", *exports)
     for name in exports[0].keys() & exports[1].keys():
         one, two = getattr(left, name), getattr(right, name)
         # A name is compared where it is defined, and once.
@@ -102,7 +102,7 @@ def differences() -> set[Difference]:
         dict.fromkeys(_below(package, module) for module in source_modules(package))
         for package in TWINS
     ]
-    found = set(_only_in("", *trees, "module"))
+    found = set(_only_in("", "module", *trees))
     for module in trees[0].keys() & trees[1].keys():
         found.update(_module_differences(module))
     return found
