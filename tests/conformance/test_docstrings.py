@@ -51,7 +51,9 @@ def _expected(value: Callable) -> set[str]:
     """The sections that fit an object; what takes log-weights or particle numbers checks them."""
     if inspect.isclass(value) and issubclass(value, tuple):
         return set()  # a record describes its fields in its text
-    expected = {"Args", "Bias and variance", "Cost", "Example", "References"}
+    expected = {"Args"}
+    if not inspect.isabstract(value):
+        expected |= {"Bias and variance", "Cost", "Example", "References"}
     if inspect.isfunction(value):
         expected.add("Returns")
     if {"log_weights", "num_particles"} & inspect.signature(value).parameters.keys():
