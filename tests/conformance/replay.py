@@ -87,6 +87,8 @@ class NumPyroPrimitives:
         if handler is None:
             return contextlib.nullcontext()
         name, value = handler
+        if isinstance(value, np.ndarray):
+            value = self.array(value)
         return getattr(self._handlers, name)(**{name: value})
 
 
@@ -149,6 +151,7 @@ def numpyro_evaluations(
                 else:  # a particle that was not worth vectorising
                     value = self.arrays[name][self.used[name]]
                     self.used[name] += 1
+                value = value.reshape(msg["fn"].shape())
                 if name in prescription.noise_sites:
                     value = msg["fn"].mean + value * jnp.sqrt(msg["fn"].variance)
                 msg["value"] = value
