@@ -1,8 +1,23 @@
 """Gradient estimators for variational inference in Pyro."""
 
 from pyro_gradest import estimators
-from pyro_gradest.infer import IWAE, OVIS, VIMCO
+from pyro_gradest.infer import (
+    IWAE,
+    OVIS,
+    VIMCO,
+    ImportanceSamples,
+    ReweightedWakeSleep,
+    importance_samples,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["IWAE", "OVIS", "VIMCO", "estimators"]
+__all__ = [
+    "IWAE",
+    "OVIS",
+    "VIMCO",
+    "ImportanceSamples",
+    "ReweightedWakeSleep",
+    "estimators",
+    "importance_samples",
+]

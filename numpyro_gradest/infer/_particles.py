@@ -153,11 +153,7 @@ def dream_log_q(
         if site["is_observed"] or site["infer"].get("was_observed")
     }
 
-    args, kwargs = program.args, program.kwargs
-    if dream_inputs is None:
-        kwargs = kwargs | {"observations": dreamt}
-    else:
-        args = tuple(dream_inputs(dreamt, *args, **kwargs))
+    args, kwargs = _show_dream(program, dreamt, dream_inputs)
     guide = handlers.substitute(handlers.seed(program.guide, guide_key), data=params | values)
     # The model drew the data of its own subsample: the guide must look at the same one.
     guide = handlers.replay(guide, {n: s for n, s in model_trace.items() if s["type"] == "plate"})
@@ -174,6 +170,21 @@ def dream_log_q(
         scale = 1.0 if site["scale"] is None else site["scale"]
         total += jnp.sum(scale * _log_prob(name, site))
     return total
+
+
+def _show_dream(
+    program: Program, dreamt: dict[str, Array], dream_inputs: Callable[..., tuple] | None
+) -> tuple[tuple, dict[str, Any]]:
+    """Arguments that let the guide look at dreamt data."""
+    if dream_inputs is not None:
+        return tuple(dream_inputs(dreamt, *program.args, **program.kwargs)), program.kwargs
+    if "observations" not in program.kwargs:
+        raise ValueError(
+            f"Sleep-phi has to show the guide the data dreamt at {sorted(dreamt)}. Pass "
+            "dream_inputs=lambda dream, *args: (dream[...],), which returns the guide's arguments; "
+            "or let model and guide take their data as observations={site name: value}."
+        )
+    return program.args, program.kwargs | {"observations": dreamt}
 
 
 def common_plates(program: Program, model_trace: Trace, guide_trace: Trace) -> CommonPlates:

@@ -1,8 +1,18 @@
 """Layer 2: model and guide in, a loss for SVI out."""
 
+from pyro_gradest.infer.importance_samples import ImportanceSamples, importance_samples
 from pyro_gradest.infer.iwae import IWAE
 from pyro_gradest.infer.multisample_elbo import MultiSampleELBO
 from pyro_gradest.infer.ovis import OVIS
+from pyro_gradest.infer.reweighted_wake_sleep import ReweightedWakeSleep
 from pyro_gradest.infer.vimco import VIMCO
 
-__all__ = ["IWAE", "OVIS", "VIMCO", "MultiSampleELBO"]
+__all__ = [
+    "IWAE",
+    "OVIS",
+    "VIMCO",
+    "ImportanceSamples",
+    "MultiSampleELBO",
+    "ReweightedWakeSleep",
+    "importance_samples",
+]

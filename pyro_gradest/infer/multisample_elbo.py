@@ -1,0 +1,376 @@
+"""Base of the multi-sample objectives: log-weights in, a loss with the right gradient out.
+
+Notation: K = num_particles, R = num_replicates, lw_k = log p(x, z_k) - log q(z_k | x).
+"""
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pyro.infer import ELBO
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pyro_gradest.estimators import iwae_bound, linear_surrogate, normalized_weights
+from pyro_gradest.infer._particles import (
+    Particles,
+    Program,
+    concatenate,
+    refuse_nan,
+    run_particles,
+    trace_particles,
+)
+
+
+class MultiSampleELBO(ELBO):
+    r"""Base of the objectives that weigh K particles against each other.
+
+    A subclass is one function from log-weights to the learning signal a. The loss is the negative
+    importance-weighted bound, summed over the elements of the plates common to all sites of model
+    and guide, and its gradient that of
+
+    .. math:: -\sum_k b_k \log p(x, z_k) - b_k \log q_{\mathrm{path}} + a_k \log q_{\mathrm{score}}
+
+    with b the self-normalised weights, and a and b held constant.
+
+    Args:
+        num_particles: K, the number of particles in the bound.
+        reparam: ``"pathwise"`` differentiates through the values of guide sites with a
+            reparameterised sampler; ``"score"`` takes the score function at every random site.
+        num_replicates: Number of independent K-particle bounds that are averaged.
+        chunk_size: Run the particles in chunks of this size, so that memory does not grow with
+            ``num_particles``. Model and guide run three times instead of once, each time with the
+            same random numbers. (With ``vectorize_particles=True`` these are not the numbers of
+            an unchunked run: the generator fills one chunk after the other.)
+        max_plate_nesting: As in the host; guessed by a run of both programs if left out.
+        max_iarange_nesting: As in the host, deprecated.
+        vectorize_particles: As in the host: run all particles at once in a plate, which model and
+            guide must be able to broadcast over.
+        strict_enumeration_warning: Whether to refuse guide sites configured for enumeration.
+            ``False`` samples them.
+        ignore_jit_warnings: As in the host.
+        jit_options: As in the host.
+        retain_graph: As in the host.
+        tail_adaptive_beta: As in the host.
+
+    Raises:
+        TypeError: If an option has the wrong type.
+        ValueError: If an option has a value that makes no sense.
+    """
+
+    # VIMCO and OVIS leave one particle out.
+    _least_particles = 1
+    num_auxiliary = 0
+
+    def __init__(
+        self,
+        num_particles: int,
+        *,
+        reparam: str = "pathwise",
+        num_replicates: int = 1,
+        chunk_size: int | None = None,
+        max_plate_nesting: float = math.inf,
+        max_iarange_nesting: float | None = None,
+        vectorize_particles: bool = False,
+        strict_enumeration_warning: bool = True,
+        ignore_jit_warnings: bool = False,
+        jit_options: dict | None = None,
+        retain_graph: bool | None = None,
+        tail_adaptive_beta: float = -1.0,
+    ) -> None:
+        name = type(self).__name__
+        check_count(name, "num_particles", num_particles)
+        check_count(name, "num_replicates", num_replicates)
+        if chunk_size is not None:
+            check_count(name, "chunk_size", chunk_size)
+        if num_particles < self._least_particles:
+            raise ValueError(
+                f"{name} compares each particle with the others and needs num_particles >= "
+                f"{self._least_particles}, got {num_particles}. Raise num_particles, or use "
+                f"IWAE({num_particles}), which is the ELBO; to average several one-particle bounds "
+                "use IWAE(1, num_replicates=...)."
+            )
+        if reparam not in ("pathwise", "score"):
+            raise ValueError(f'{name} needs reparam="pathwise" or "score", got {reparam!r}.')
+        super().__init__(
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            max_iarange_nesting=max_iarange_nesting,
+            vectorize_particles=vectorize_particles,
+            strict_enumeration_warning=strict_enumeration_warning,
+            ignore_jit_warnings=ignore_jit_warnings,
+            jit_options=jit_options,
+            retain_graph=retain_graph,
+            tail_adaptive_beta=tail_adaptive_beta,
+        )
+        self.reparam = reparam
+        self.num_replicates = num_replicates
+        self.chunk_size = chunk_size
+
+    @abstractmethod
+    def _learning_signal(
+        self,
+        log_weights: Float[Tensor, " K *batch"],
+        auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
+    ) -> Float[Tensor, " K *batch"]:
+        """Full coefficient of grad log q at score-function sites."""
+
+    def _guide_surrogate(self, program: Program) -> Float[Tensor, ""] | float:
+        """A further term whose gradient is added; its value is not."""
+        return 0.0
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Negative bound in nats, without gradient.
+
+        Args:
+            model: Pyro model.
+            guide: Pyro guide.
+            args: Arguments of model and guide.
+            kwargs: Keyword arguments of model and guide.
+
+        Returns:
+            The loss as a float. At one seed it equals that of :meth:`loss_and_grads`.
+
+        Raises:
+            ValueError: As :meth:`loss_and_grads`.
+        """
+        with torch.no_grad():
+            particles = self._weigh(
+                program_of(self, model, guide, args, kwargs), self._num_runs, []
+            )
+            loss = -self._bound(particles).item()
+        _check_loss(loss, particles)
+        return loss
+
+    def differentiable_loss(
+        self, model: Callable, guide: Callable, *args: Any, **kwargs: Any
+    ) -> Float[Tensor, ""]:
+        """Negative bound in nats, whose gradient is that of the estimator.
+
+        Args:
+            model: Pyro model.
+            guide: Pyro guide.
+            args: Arguments of model and guide.
+            kwargs: Keyword arguments of model and guide.
+
+        Returns:
+            A scalar tensor for ``backward``, as ``elbo(model, guide)(*args)`` returns it.
+
+        Raises:
+            ValueError: As :meth:`loss_and_grads`.
+        """
+        loss, particles = self._differentiable_loss(model, guide, args, kwargs)
+        if is_validation_enabled():
+            _check_loss(loss.item(), particles)
+        return loss
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Negative bound in nats; adds the gradient to the parameters' ``grad``.
+
+        Args:
+            model: Pyro model.
+            guide: Pyro guide.
+            args: Arguments of model and guide.
+            kwargs: Keyword arguments of model and guide.
+
+        Returns:
+            The loss as a float.
+
+        Raises:
+            ValueError: If model and guide do not match, a site is enumerated, a shape does not fit
+                its plate, a plate that is not common to all sites is subsampled, or a
+                log-probability is NaN. All before any gradient is formed.
+            NotImplementedError: If a guide site samples by rejection.
+        """
+        loss, particles = self._differentiable_loss(model, guide, args, kwargs)
+        value = loss.item()
+        _check_loss(value, particles)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return value
+
+    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
+        return trace_particles(program_of(self, model, guide, args, kwargs), 1)
+
+    def _differentiable_loss(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
+    ) -> tuple[Float[Tensor, ""], Particles]:
+        program = program_of(self, model, guide, args, kwargs)
+        start = _rng_state()
+        try:
+            return self._estimate(program)
+        except _OtherRandomNumbers:
+            # A first run that creates parameters draws their initial values too; now they exist.
+            _set_rng_state(start)
+            return self._estimate(program._replace(subsamples={}))
+
+    def _estimate(self, program: Program) -> tuple[Float[Tensor, ""], Particles]:
+        chunks: list[_Chunk] = []
+        if self.chunk_size is None:
+            particles = run_particles(program, self._num_runs)
+        else:
+            with torch.no_grad():
+                particles = self._weigh(program, self._num_runs, chunks)
+        log_weights = self._by_replicate(particles.log_weights)
+        auxiliary = None
+        if self.num_auxiliary:
+            with torch.no_grad():
+                runs = self.num_auxiliary * self.num_replicates
+                auxiliary = self._by_replicate(self._weigh(program, runs, []).log_weights)
+
+        scale = particles.bound_scale / self.num_replicates
+        weights = scale * normalized_weights(log_weights).reshape(scale.shape)
+        signal = scale * self._learning_signal(log_weights, auxiliary).reshape(scale.shape)
+        if self.chunk_size is None:
+            surrogate = _surrogate(particles, weights, signal)
+        else:
+            surrogate = sum(
+                # Only the random state is kept: the backward pass runs each chunk again.
+                checkpoint(
+                    _rerun, program, chunk, *parts, use_reentrant=False, preserve_rng_state=False
+                )
+                for chunk, *parts in zip(
+                    chunks,
+                    weights.split(self.chunk_size),
+                    signal.split(self.chunk_size),
+                    strict=True,
+                )
+            )
+        surrogate = surrogate + self._guide_surrogate(program)
+        # The second term is exactly zero: it brings the gradient and leaves the value alone.
+        loss = -(self._bound(particles) + (surrogate - surrogate.detach()))
+        return loss, particles
+
+    def _weigh(self, program: Program, num_runs: int, chunks: list["_Chunk"]) -> Particles:
+        """Run particles in chunks if so configured, and append to ``chunks`` how to repeat them."""
+        runs = []
+        for first in range(0, num_runs, self.chunk_size or num_runs):
+            # The first chunk draws the subsamples, and has to draw them when it is repeated.
+            subsamples = dict(program.subsamples)
+            before = _rng_state()
+            size = min(self.chunk_size or num_runs, num_runs - first)
+            runs.append(run_particles(program, size))
+            chunks.append(_Chunk(size, subsamples, before, _rng_state()))
+        return concatenate(runs)
+
+    def _bound(self, particles: Particles) -> Float[Tensor, ""]:
+        bound = iwae_bound(self._by_replicate(particles.log_weights)).mean(dim=0)
+        return (particles.bound_scale[0] * bound).sum()
+
+    def _by_replicate(
+        self, log_weights: Float[Tensor, " runs *batch"]
+    ) -> Float[Tensor, " K replicates *batch"]:
+        return log_weights.reshape(-1, self.num_replicates, *log_weights.shape[1:])
+
+    @property
+    def _num_runs(self) -> int:
+        return self.num_particles * self.num_replicates
+
+
+def program_of(
+    elbo: MultiSampleELBO, model: Callable, guide: Callable, args: tuple, kwargs: dict
+) -> Program:
+    """What ``elbo`` runs on a model and a guide; guesses ``max_plate_nesting`` if need be."""
+    if elbo.vectorize_particles and elbo.max_plate_nesting == math.inf:
+        # Guessing runs both programs; the random numbers of the step must not depend on it.
+        with _replayed(_rng_state()):
+            elbo._guess_max_plate_nesting(model, guide, args, kwargs)
+    host_counts_particles = elbo.vectorize_particles and elbo.num_particles > 1
+    return Program(
+        model=model,
+        guide=guide,
+        args=args,
+        kwargs=kwargs,
+        reparam=elbo.reparam,
+        is_weighted=elbo.num_particles > 1,
+        vectorize_particles=elbo.vectorize_particles,
+        max_plate_nesting=elbo.max_plate_nesting - host_counts_particles,
+        refuse_enumeration=elbo.strict_enumeration_warning,
+        subsamples={},
+    )
+
+
+class _Chunk(NamedTuple):
+    """How to run some particles once more."""
+
+    size: int
+    subsamples: dict[str, Tensor]
+    before: list[Tensor]
+    """State of the random number generators before the run."""
+    after: list[Tensor]
+
+
+class _OtherRandomNumbers(RuntimeError):
+    """A chunk that was run again drew other random numbers than the first time."""
+
+
+def _rerun(program: Program, chunk: _Chunk, weights: Tensor, learning_signal: Tensor) -> Tensor:
+    with _replayed(chunk.before):
+        particles = run_particles(program._replace(subsamples=dict(chunk.subsamples)), chunk.size)
+        if not all(map(torch.equal, _rng_state(), chunk.after)):
+            raise _OtherRandomNumbers(
+                "With chunk_size, model and guide are run again with the same random state, but "
+                "they drew a different number of random values. Make them draw the same values at "
+                "each call, or leave chunk_size out."
+            )
+    return _surrogate(particles, weights, learning_signal)
+
+
+def _surrogate(particles: Particles, weights: Tensor, learning_signal: Tensor) -> Tensor:
+    return linear_surrogate(
+        particles.log_p,
+        particles.log_q_path,
+        particles.log_q_score,
+        weights=weights,
+        learning_signal=learning_signal,
+    ).sum()
+
+
+def _rng_state() -> list[Tensor]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def _set_rng_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1:]:
+        torch.cuda.set_rng_state_all(state[1:])
+
+
+@contextmanager
+def _replayed(state: list[Tensor]) -> Iterator[None]:
+    """Start from ``state``, and leave the generators as they were."""
+    outside = _rng_state()
+    _set_rng_state(state)
+    try:
+        yield
+    finally:
+        _set_rng_state(outside)
+
+
+def _check_loss(loss: float, particles: Particles) -> None:
+    if math.isnan(loss):
+        refuse_nan(particles)
+    if loss == math.inf:
+        warnings.warn(
+            "Every particle has zero weight for some of the data, so the bound is -inf; these data "
+            "contribute no gradient. Widen the guide, or raise num_particles.",
+            stacklevel=3,
+        )
+
+
+def check_count(caller: str, name: str, value: int) -> None:
+    """Refuse what is not a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{caller} needs {name} as a positive integer, got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+    if value < 1:
+        raise ValueError(f"{caller} needs {name} >= 1, got {value}.")

@@ -1,0 +1,133 @@
+"""Reweighted wake-sleep with one set of weights per datum.
+
+Notation: v self-normalised weights, theta and phi the parameters of model and guide,
+lambda = insomnia.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_gradest.estimators import wake_phi_learning_signal
+from pyro_gradest.infer._particles import Program, dream_log_q
+from pyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
+
+
+class ReweightedWakeSleep(MultiSampleELBO):
+    r"""Reweighted wake-sleep: wake-theta for the model, wake-phi and sleep-phi for the guide.
+
+    .. math::
+        \nabla_\theta: \sum_k v_k \nabla \log p(x, z_k), \qquad
+        \nabla_\phi: \lambda \sum_k v_k \nabla \log q(z_k | x)
+        + (1 - \lambda)\, \mathbb E_{p(z', x')} \nabla \log q(z' | x')
+
+    The model climbs the importance-weighted bound; the guide follows the posterior, by the
+    weighted draws of the wake phase and by latents and data dreamt by the model in the sleep
+    phase. Weights are per element of the plates common to all sites. No gradient passes through
+    the values of latent sites, so reparameterised and discrete sites are treated alike.
+
+    In the sleep phase the guide has to look at data dreamt by the model instead of ``args``: by
+    default it is called with ``observations={site name: value}`` (the convention of Pyro), which
+    model and guide then take as a keyword argument; or ``dream_inputs`` says how.
+
+    Args:
+        num_particles: K, the number of particles in the wake phase.
+        insomnia: lambda, between 0 and 1: 1 trains the guide by wake-phi alone, 0 by sleep-phi
+            alone.
+        num_sleep_particles: Number of dreams per step; ``num_particles`` if left out.
+        dream_inputs: Callable ``(dream, *args, **kwargs) -> args`` that returns the tuple of
+            positional arguments to call the guide with, given the values of the observed sites
+            drawn from the model, by name.
+        num_replicates: Number of independent wake phases of K particles to average.
+        chunk_size: Run particles in chunks of this size: memory does not grow with
+            ``num_particles``, at three forward passes instead of one.
+        **host_options: The arguments of the host's :class:`~pyro.infer.elbo.ELBO`:
+            ``max_plate_nesting``, ``vectorize_particles``, ``strict_enumeration_warning``,
+            ``retain_graph``, ``ignore_jit_warnings``, ``jit_options``, ``tail_adaptive_beta``.
+
+    Raises:
+        TypeError: If a count is not an integer, or an option is unknown.
+        ValueError: If ``insomnia`` is not in [0, 1] or another option makes no sense; at the first
+            evaluation, if model and guide do not match, or the guide can't be shown the dreams.
+
+    Bias and variance:
+        For the model, unbiased for the gradient of the K-sample bound. For the guide, wake-phi is
+        self-normalised, O(1/K), for the inclusive divergence KL(p(z|x) || q(z|x)) at the data, and
+        sleep-phi unbiased for the same divergence at data drawn from the model. Neither is a
+        gradient of the bound. The value is the negative bound.
+
+    Cost:
+        K evaluations of model and guide; with ``insomnia < 1``, ``num_sleep_particles`` more.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro.infer import SVI
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Bernoulli(0.3))
+        ...         pyro.sample("x", dist.Normal(3 * z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     slope = pyro.param("slope", torch.tensor(0.1))
+        ...     with pyro.plate("data", x.shape[-1]):
+        ...         pyro.sample("z", dist.Bernoulli(logits=slope * x))
+        >>> loss = ReweightedWakeSleep(
+        ...     num_particles=10,
+        ...     insomnia=0.5,
+        ...     dream_inputs=lambda dream, x: (dream["x"],),
+        ...     vectorize_particles=True,
+        ... )
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), loss=loss)
+        >>> x = torch.tensor([-0.5, 0.2, 2.9, 3.3])
+        >>> losses = [svi.step(x) for _ in range(100)]
+        >>> bool(pyro.param("slope") > 0.1)
+        True
+
+    References:
+        Bornschein and Bengio, `Reweighted Wake-Sleep <https://arxiv.org/abs/1406.2751>`_, 2015,
+        section 2. Le, Kosiorek, Siddharth, Teh and Wood, `Revisiting Reweighted Wake-Sleep
+        <https://arxiv.org/abs/1805.10469>`_, 2019, section 2. The host's implementation has one
+        weight for the whole batch; here every datum has its own.
+    """
+
+    def __init__(
+        self,
+        num_particles: int,
+        *,
+        insomnia: float = 1.0,
+        num_sleep_particles: int | None = None,
+        dream_inputs: Callable[..., tuple] | None = None,
+        num_replicates: int = 1,
+        chunk_size: int | None = None,
+        **host_options: Any,
+    ) -> None:
+        super().__init__(
+            num_particles,
+            reparam="score",
+            num_replicates=num_replicates,
+            chunk_size=chunk_size,
+            **host_options,
+        )
+        if not 0 <= insomnia <= 1:
+            raise ValueError(f"ReweightedWakeSleep needs 0 <= insomnia <= 1, got {insomnia}.")
+        if num_sleep_particles is not None:
+            check_count("ReweightedWakeSleep", "num_sleep_particles", num_sleep_particles)
+        self.insomnia = insomnia
+        self.num_sleep_particles = num_sleep_particles or num_particles
+        self.dream_inputs = dream_inputs
+
+    def _learning_signal(
+        self,
+        log_weights: Float[Tensor, " K *batch"],
+        auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
+    ) -> Float[Tensor, " K *batch"]:
+        return self.insomnia * wake_phi_learning_signal(log_weights)
+
+    def _guide_surrogate(self, program: Program) -> Float[Tensor, ""] | float:
+        if self.insomnia == 1:
+            return 0.0
+        log_q = dream_log_q(program, self.num_sleep_particles, self.dream_inputs)
+        return (1 - self.insomnia) * log_q / self.num_sleep_particles
