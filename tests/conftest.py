@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,6 +20,12 @@ PACKAGES = {"pyro": "pyro_gradest", "numpyro": "numpyro_gradest"}
 _REQUIREMENTS = {"": (), "pyro": ("pyro",), "numpyro": ("numpyro",), "both": tuple(PACKAGES)}
 _REQUIRED = _REQUIREMENTS[os.environ.get("GRADEST_REQUIRE", "")]
 _INSTALLED = {host: importlib.util.find_spec(host) is not None for host in PACKAGES}
+
+# Shapes and types are checked at every call, under test only. An int will do for a float.
+install_import_hook(
+    list(PACKAGES.values()),
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 # Everything runs in float64; a test of float32 or of the user's defaults says so itself.
 if _INSTALLED["pyro"]:

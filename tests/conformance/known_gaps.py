@@ -13,4 +13,85 @@ class Gap(NamedTuple):
     reason: str
 
 
-KNOWN_GAPS: list[Gap] = []
+_ELBO = "infer.multisample_elbo.MultiSampleELBO"
+
+KNOWN_GAPS = [
+    # The constructor accepts every argument of the host's own ELBO, and no other.
+    Gap(
+        _ELBO,
+        "default of vectorize_particles",
+        "Each host's own default: Pyro vectorises by broadcasting, which a model must be written "
+        "for; NumPyro by vmap, which needs nothing of it.",
+    ),
+    Gap(
+        _ELBO,
+        "annotation of vectorize_particles",
+        "NumPyro also takes a callable (fn, keys) -> stacked; Pyro's programs have no keys to map.",
+    ),
+    Gap(
+        _ELBO,
+        "parameter max_plate_nesting only in pyro_gradest",
+        "Pyro places the particle plate left of all plates; vmap needs no plate.",
+    ),
+    Gap(
+        _ELBO,
+        "parameter max_iarange_nesting only in pyro_gradest",
+        "Pyro's deprecated name of max_plate_nesting.",
+    ),
+    Gap(
+        _ELBO,
+        "parameter strict_enumeration_warning only in pyro_gradest",
+        "NumPyro's objectives have no such switch: enumerated sites always raise.",
+    ),
+    Gap(
+        _ELBO,
+        "parameter ignore_jit_warnings only in pyro_gradest",
+        "For torch.jit.trace; jax.jit gives no such warnings.",
+    ),
+    Gap(_ELBO, "parameter jit_options only in pyro_gradest", "For torch.jit.trace."),
+    Gap(
+        _ELBO,
+        "parameter retain_graph only in pyro_gradest",
+        "JAX differentiates functions and keeps no graph.",
+    ),
+    Gap(
+        _ELBO,
+        "parameter tail_adaptive_beta only in pyro_gradest",
+        "An argument of Pyro's ELBO alone.",
+    ),
+    # What SVI calls.
+    Gap(
+        _ELBO,
+        "member loss only in pyro_gradest",
+        "NumPyro inherits loss from the host, where it calls loss_with_mutable_state.",
+    ),
+    Gap(
+        _ELBO,
+        "member loss_and_grads only in pyro_gradest",
+        "Pyro's SVI asks the objective to run backward; NumPyro's differentiates the loss itself.",
+    ),
+    Gap(
+        _ELBO,
+        "member differentiable_loss only in pyro_gradest",
+        "The NumPyro loss is differentiable as it is.",
+    ),
+    Gap(
+        _ELBO,
+        "member loss_with_mutable_state only in numpyro_gradest",
+        "Pyro keeps mutable state in modules, outside the loss.",
+    ),
+    Gap(
+        _ELBO,
+        "member can_infer_discrete only in numpyro_gradest",
+        "NumPyro's SVI refuses discrete guides unless the objective declares it; Pyro's does not.",
+    ),
+    # Each objective hands the host's arguments on: Pyro's eight together, NumPyro's one by name.
+    *(
+        Gap(objective, difference, "The host arguments of MultiSampleELBO, handed on.")
+        for objective in ("infer.iwae.IWAE", "infer.ovis.OVIS", "infer.vimco.VIMCO")
+        for difference in (
+            "parameter host_options only in pyro_gradest",
+            "parameter vectorize_particles only in numpyro_gradest",
+        )
+    ),
+]

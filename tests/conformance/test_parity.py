@@ -31,20 +31,13 @@ def _only_in(name: str, what: str, left: dict, right: dict) -> Iterator[Differen
 
 
 def _text(value: Any) -> str:
-    """A default or an annotation as text, with each host's array type called Array."""
-    text = inspect.formatannotation(value) if not isinstance(value, str) else repr(value)
-    return re.sub(r"[\w.]*\b(Tensor|Array)\b", "Array", text)
+    """A default, an annotation or a summary as text that does not name the host or its arrays."""
+    text = value if isinstance(value, str) else inspect.formatannotation(value)
+    return re.sub(r"\b(Num)?Pyro\b", "HOST", re.sub(r"[\w.]*\b(Tensor|Array)\b", "Array", text))
 
 
-def _public_members(owner: type) -> dict[str, Any]:
-    """Public attributes that our own classes, not the host's, give to ``owner``."""
-    ours = [base for base in reversed(owner.__mro__) if base.__module__.split(".")[0] in TWINS]
-    return {
-        name: value
-        for base in ours
-        for name, value in vars(base).items()
-        if not name.startswith("_")
-    }
+def _summary(value: Any) -> str:
+    return _text((inspect.getdoc(value) or "").split("\n\n")[0])
 
 
 def _signature_differences(name: str, left: Any, right: Any) -> Iterator[Difference]:
@@ -63,49 +56,61 @@ def _signature_differences(name: str, left: Any, right: Any) -> Iterator[Differe
 
 
 def _object_differences(name: str, left: Any, right: Any) -> Iterator[Difference]:
-    if inspect.isclass(left) != inspect.isclass(right) or callable(left) != callable(right):
-        yield name, "kind of object"
-        return
-    if callable(left) or isinstance(left, ModuleType):
-        summaries = {(inspect.getdoc(side) or "").split("\n\n")[0] for side in (left, right)}
-        if len(summaries) > 1:
+    if type(left) is not type(right):
+        yield name, "type"
+    elif callable(left) or isinstance(left, ModuleType) or inspect.isdatadescriptor(left):
+        if _summary(left) != _summary(right):
             yield name, "docstring summary"
-    elif left != right and not isinstance(left, property):
+    elif left != right:
         yield name, "value"
-    if callable(left):
+    if callable(left) and callable(right):
         yield from _signature_differences(name, left, right)
-    if inspect.isclass(left):
-        one, two = _public_members(left), _public_members(right)
+    if inspect.isclass(left) and inspect.isclass(right):
+        one, two = _members(left), _members(right)
         yield from _only_in(name, "member", one, two)
         for member in one.keys() & two.keys():
             yield from _object_differences(f"{name}.{member}", one[member], two[member])
 
 
-def _module_differences(module: str) -> Iterator[Difference]:
-    """Differences of one module that both packages have, and of the names it makes public."""
-    left, right = (importlib.import_module(f"{package}.{module}".strip(".")) for package in TWINS)
-    yield from _object_differences(module, left, right)
-    exports = [dict.fromkeys(getattr(side, "__all__", ())) for side in (left, right)]
-    yield from _only_in(module, "name", *exports)
-    for name in exports[0].keys() & exports[1].keys():
-        one, two = getattr(left, name), getattr(right, name)
-        # A name is compared where it is defined, and once.
-        home = _below(TWINS[0], getattr(one, "__module__", left.__name__))
-        yield from _object_differences(f"{home}.{name}", one, two)
+def _members(owner: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(owner).items() if not name.startswith("_")}
+
+
+def _public_objects(package: str) -> dict[str, Any]:
+    """Modules, the names they export, and our own bases of exported classes, by where they stand.
+
+    Named below the package, so that the twins have the same keys.
+    """
+    found: dict[str, Any] = {}
+    for module_name in source_modules(package):
+        module = importlib.import_module(module_name)
+        found[_below(package, module_name)] = module
+        for name in getattr(module, "__all__", ()):
+            value = getattr(module, name)
+            for one in value.__mro__ if inspect.isclass(value) else (value,):
+                home = getattr(one, "__module__", module_name)
+                if home.split(".")[0] == package:
+                    label = getattr(one, "__qualname__", name)
+                    found[_below(package, f"{home}.{label}")] = one
+    return found
+
+
+def _differences() -> Iterator[Difference]:
+    left, right = (_public_objects(package) for package in TWINS)
+    yield from _only_in("", "public", left, right)
+    for name in left.keys() & right.keys():
+        yield from _object_differences(name, left[name], right[name])
+        exports = [dict.fromkeys(getattr(side[name], "__all__", ())) for side in (left, right)]
+        yield from _only_in(name, "export", *exports)
+    if (one := left[""].__version__) != (two := right[""].__version__):
+        yield "", f"version {one} and {two}"
 
 
 @pytest.fixture(scope="module")
 def differences() -> set[Difference]:
     for host in PACKAGES:
         require_host(host)
-    trees = [
-        dict.fromkeys(_below(package, module) for module in source_modules(package))
-        for package in TWINS
-    ]
-    found = set(_only_in("", "module", *trees))
-    for module in trees[0].keys() & trees[1].keys():
-        found.update(_module_differences(module))
-    return found
+    return set(_differences())
 
 
 def test_twins_differ_only_where_listed(differences: set[Difference]) -> None:
