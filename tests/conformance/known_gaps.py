@@ -14,6 +14,7 @@ class Gap(NamedTuple):
 
 
 _ELBO = "infer.multisample_elbo.MultiSampleELBO"
+_SAMPLES = "infer.importance_samples.importance_samples"
 
 KNOWN_GAPS = [
     # The constructor accepts every argument of the host's own ELBO, and no other.
@@ -88,10 +89,36 @@ KNOWN_GAPS = [
     # Each objective hands the host's arguments on: Pyro's eight together, NumPyro's one by name.
     *(
         Gap(objective, difference, "The host arguments of MultiSampleELBO, handed on.")
-        for objective in ("infer.iwae.IWAE", "infer.ovis.OVIS", "infer.vimco.VIMCO")
+        for objective in (
+            "infer.iwae.IWAE",
+            "infer.ovis.OVIS",
+            "infer.reweighted_wake_sleep.ReweightedWakeSleep",
+            "infer.vimco.VIMCO",
+        )
         for difference in (
             "parameter host_options only in pyro_gradest",
             "parameter vectorize_particles only in numpyro_gradest",
         )
+    ),
+    # Posterior draws.
+    Gap(
+        _SAMPLES,
+        "parameter rng_key only in numpyro_gradest",
+        "NumPyro's random numbers come from an explicit key, Pyro's from torch's generator.",
+    ),
+    Gap(
+        _SAMPLES,
+        "parameter params only in numpyro_gradest",
+        "NumPyro's SVI returns the parameters; Pyro keeps them in its parameter store.",
+    ),
+    Gap(
+        _SAMPLES,
+        "parameter max_plate_nesting only in pyro_gradest",
+        "As for the objectives: where the particle plate goes.",
+    ),
+    Gap(
+        _SAMPLES,
+        "parameter vectorize_particles only in pyro_gradest",
+        "NumPyro always maps over keys; Pyro vectorises only programs that broadcast.",
     ),
 ]

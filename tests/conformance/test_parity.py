@@ -33,7 +33,8 @@ def _only_in(name: str, what: str, left: dict, right: dict) -> Iterator[Differen
 def _text(value: Any) -> str:
     """A default, an annotation or a summary as text that does not name the host or its arrays."""
     text = value if isinstance(value, str) else inspect.formatannotation(value)
-    return re.sub(r"\b(Num)?Pyro\b", "HOST", re.sub(r"[\w.]*\b(Tensor|Array)\b", "Array", text))
+    text = re.sub(r"[\w.]*\b(Tensor|Array)\b", "Array", text)
+    return re.sub(r"\b(num)?pyro(?=\b|_gradest\b)", "host", text, flags=re.IGNORECASE)
 
 
 def _summary(value: Any) -> str:
