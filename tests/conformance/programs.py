@@ -25,8 +25,8 @@ from tests.oracles.enumeration import (
 class Program(NamedTuple):
     """A model and a guide, and what the oracle needs to enumerate them."""
 
-    model: Callable[[Any], None]
-    guide: Callable[[Any], None]
+    model: Callable[..., None]
+    guide: Callable[..., None]
     problem: Problem
     noise_sites: tuple[str, ...] = ()
     subsampled_plate: str | None = None
@@ -81,6 +81,68 @@ def categorical() -> Program:
     return Program(model, guide, Problem(CATEGORICAL, states_of(z=range(3)), densities))
 
 
+def one_bit() -> Program:
+    """A single bit: many particles, few tuples."""
+    params = {"weight": np.array(0.8), "logit": np.array(-0.4)}
+
+    def model(ppl):
+        z = ppl.sample("z", ppl.Bernoulli(logits=ppl.param("weight", params["weight"])))
+        ppl.sample("x", ppl.Normal(1.0 * z, 0.7), obs=ppl.array(0.9))
+
+    def guide(ppl):
+        ppl.sample("z", ppl.Bernoulli(logits=ppl.param("logit", params["logit"])))
+
+    def densities(params, state, subsample):
+        z = state["z"]
+        log_p = log_bernoulli(params["weight"], z) + log_normal(0.9, z, 0.7)
+        return _densities(log_p, log_bernoulli(params["logit"], z))
+
+    return Program(model, guide, Problem(params, states_of(z=(0, 1)), densities))
+
+
+def dreaming() -> Program:
+    """A guide that looks at the observation, so that the model can dream one for it.
+
+    A state is one of the wake phase; dreams are enumerated by ``dream_states``.
+    """
+    params = {
+        "prior": np.array(0.6),
+        "emission": np.array([[0.3, -1.0, 0.2], [0.8, 0.2, -0.5]]),
+        "logits": np.array([0.4, -0.9, 0.2]),
+    }
+    x = 1
+
+    def model(ppl, x):
+        emission = ppl.param("emission", params["emission"])
+        z = ppl.sample("z", ppl.Bernoulli(logits=ppl.param("prior", params["prior"])))
+        ppl.sample("x", ppl.Categorical(logits=ppl.choose(emission, z)), obs=x)
+
+    def guide(ppl, x):
+        logits = ppl.param("logits", params["logits"])
+        ppl.sample("z", ppl.Bernoulli(logits=logits[x]))
+
+    def densities(params, state, subsample):
+        z = state["z"]
+        log_p = log_bernoulli(params["prior"], z) + log_categorical(params["emission"][z], x)
+        return _densities(log_p, log_bernoulli(params["logits"][x], z))
+
+    return Program(model, guide, Problem(params, states_of(z=(0, 1)), densities))
+
+
+def dream_states() -> list[dict[str, Any]]:
+    """All that the model of ``dreaming`` can dream."""
+    return states_of(z=(0, 1), x=(0, 1, 2))
+
+
+def log_p_of_dream(params, dream):
+    log_p_x = log_categorical(params["emission"][dream["z"]], dream["x"])
+    return log_bernoulli(params["prior"], dream["z"]) + log_p_x
+
+
+def log_q_of_dream(params, dream):
+    return log_bernoulli(params["logits"][dream["x"]], dream["z"])
+
+
 def impossible_state() -> Program:
     """The model gives one of three states, which the guide proposes, no probability."""
     params = {"shift": np.array(0.3), "logits": np.array([0.2, -0.4, 0.7])}
@@ -105,9 +167,37 @@ def impossible_state() -> Program:
 # --- discrete and reparameterised sites together -------------------------------------------------
 
 
-def discrete_then_reparameterised() -> Program:
-    """The guide's Gaussian has a mean that depends on its discrete site."""
-    params = {
+def reparameterised() -> Program:
+    """No discrete site: nothing is left to the learning signal."""
+    params = {"weight": np.array(0.8), "loc": np.array(0.3), "log_scale": np.array(-0.2)}
+
+    def model(ppl):
+        y = ppl.sample("y", ppl.Normal(ppl.array(0.0), 1.0))
+        weight = ppl.param("weight", params["weight"])
+        ppl.sample("x", ppl.Normal(weight * y, 0.7), obs=ppl.array(0.9))
+
+    def guide(ppl):
+        loc, log_scale = (ppl.param(name, params[name]) for name in ("loc", "log_scale"))
+        ppl.sample("y", ppl.Normal(loc, ppl.exp(log_scale)))
+
+    def densities(params, state, subsample):
+        scale = np.exp(params["log_scale"])
+        y = params["loc"] + state["y"] * scale
+        log_p = log_normal(y, 0.0, 1.0) + log_normal(0.9, params["weight"] * y, 0.7)
+        return _densities(log_p, log_normal(y, params["loc"], scale), 0.0)
+
+    problem = Problem(params, states_of(y=NOISE), densities, log_noise=LOG_NOISE)
+    return Program(model, guide, problem, noise_sites=("y",))
+
+
+def discrete_then_reparameterised(*, reparam: str = "pathwise") -> Program:
+    """The guide's Gaussian has a mean that depends on its discrete site.
+
+    With ``reparam="score"`` the Gaussian's value is a constant, and its density in the score. The
+    states are drawn as before: the noise still has two points, for which the score function of a
+    Gaussian is not unbiased, but what the estimator does at each tuple is defined all the same.
+    """
+    start = {
         "weight": np.array(0.8),
         "logit": np.array(0.4),
         "loc": np.array([0.3, -0.6]),
@@ -115,30 +205,36 @@ def discrete_then_reparameterised() -> Program:
     }
 
     def model(ppl):
-        weight = ppl.param("weight", params["weight"])
+        weight = ppl.param("weight", start["weight"])
         z = ppl.sample("z", ppl.Bernoulli(logits=ppl.array(0.5)))
         y = ppl.sample("y", ppl.Normal(1.0 * z, 1.0))
         ppl.sample("x", ppl.Normal(weight * y, 0.7), obs=ppl.array(0.9))
 
     def guide(ppl):
-        loc, log_scale = (ppl.param(name, params[name]) for name in ("loc", "log_scale"))
-        z = ppl.sample("z", ppl.Bernoulli(logits=ppl.param("logit", params["logit"])))
+        loc, log_scale = (ppl.param(name, start[name]) for name in ("loc", "log_scale"))
+        z = ppl.sample("z", ppl.Bernoulli(logits=ppl.param("logit", start["logit"])))
         ppl.sample("y", ppl.Normal(ppl.choose(loc, z), ppl.exp(ppl.choose(log_scale, z))))
 
     def densities(params, state, subsample):
         z = state["z"]
         scale = np.exp(params["log_scale"][z])
-        y = params["loc"][z] + state["y"] * scale
+        path = params if reparam == "pathwise" else start
+        y = path["loc"][z] + state["y"] * np.exp(path["log_scale"][z])
         log_p = (
             log_bernoulli(0.5, z)
             + log_normal(y, z, 1.0)
             + log_normal(0.9, params["weight"] * y, 0.7)
         )
         log_q_z = log_bernoulli(params["logit"], z)
-        return _densities(log_p, log_q_z + log_normal(y, params["loc"][z], scale), log_q_z)
+        log_q = log_q_z + log_normal(y, params["loc"][z], scale)
+        return _densities(log_p, log_q, log_q_z if reparam == "pathwise" else log_q, log_q_z)
 
-    problem = Problem(params, states_of(z=(0, 1), y=NOISE), densities, log_noise=LOG_NOISE)
+    problem = Problem(start, states_of(z=(0, 1), y=NOISE), densities, log_noise=LOG_NOISE)
     return Program(model, guide, problem, noise_sites=("y",))
+
+
+def discrete_then_scored() -> Program:
+    return discrete_then_reparameterised(reparam="score")
 
 
 def reparameterised_then_discrete() -> Program:
@@ -367,6 +463,27 @@ def nested_plates() -> Program:
         return _densities(log_p, log_bernoulli(params["logits"], z))
 
     return Program(model, guide, Problem(PLATE, states_of(z=bits(2)), densities, batch_shape=(2,)))
+
+
+def sequential_plate() -> Program:
+    """Pyro's plate as a loop: every turn has a weight of its own."""
+
+    def model(ppl):
+        weight = ppl.param("weight", PLATE["weight"])
+        for i in ppl.plate("data", 2):
+            z = ppl.sample(f"z_{i}", ppl.Bernoulli(logits=weight))
+            ppl.sample(f"x_{i}", ppl.Normal(1.0 * z, 0.7), obs=ppl.array(X)[i])
+
+    def guide(ppl):
+        logits = ppl.param("logits", PLATE["logits"])
+        for i in ppl.plate("data", 2):
+            ppl.sample(f"z_{i}", ppl.Bernoulli(logits=logits[i]))
+
+    def densities(params, state, subsample):
+        return _plate_densities(params, {"z": np.array([state["z_0"], state["z_1"]])})
+
+    states = states_of(z_0=(0, 1), z_1=(0, 1))
+    return Program(model, guide, Problem(PLATE, states, densities, batch_shape=(2,)))
 
 
 def global_and_local() -> Program:

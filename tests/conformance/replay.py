@@ -98,7 +98,7 @@ def numpyro_evaluations(
     prescription: Prescription,
     *,
     particles: str = "vmap",
-    **arguments: Any,
+    arguments: tuple = (),
 ) -> Evaluations:
     """The loss and its gradient at every prescription, mapped over these and compiled once.
 
@@ -158,13 +158,14 @@ def numpyro_evaluations(
 
     ppl = NumPyroPrimitives()
     params = {name: jnp.asarray(value) for name, value in program.problem.params.items()}
+    data = [jnp.asarray(argument) for argument in arguments]
     key = jax.random.key(0)
 
     def loss(params: dict[str, Any], arrays: dict[str, Any]) -> Any:
         replayer = Replayer(arrays)
         with replayer:
             return objective(vectorize_particles=replayer.vectorize).loss(
-                key, params, partial(program.model, ppl), partial(program.guide, ppl), **arguments
+                key, params, partial(program.model, ppl), partial(program.guide, ppl), *data
             )
 
     arrays = {name: jnp.asarray(array) for name, array in prescription.arrays.items()}
@@ -218,7 +219,7 @@ def pyro_evaluations(
     *,
     particles: str = "vmap",
     max_plate_nesting: int = 2,
-    **arguments: Any,
+    arguments: tuple = (),
 ) -> Evaluations:
     """The loss and its gradient at every prescription, one ``loss_and_grads`` each.
 
@@ -257,6 +258,7 @@ def pyro_evaluations(
     loss = objective(vectorize_particles=particles == "vmap", max_plate_nesting=max_plate_nesting)
     arrays = {name: torch.as_tensor(array) for name, array in prescription.arrays.items()}
     model, guide = partial(program.model, ppl), partial(program.guide, ppl)
+    data = [torch.as_tensor(argument) for argument in arguments]
     losses, gradients = [], []
     pyro.clear_param_store()
     params = [ppl.param(name, value) for name, value in program.problem.params.items()]
@@ -264,7 +266,7 @@ def pyro_evaluations(
         for param in params:
             param.grad = None
         with Replayer({name: array[t] for name, array in arrays.items()}):
-            losses.append(loss.loss_and_grads(model, guide, **arguments))
+            losses.append(loss.loss_and_grads(model, guide, *data))
         gradients.append(
             torch.cat(
                 [torch.zeros_like(p).ravel() if p.grad is None else p.grad.ravel() for p in params]
@@ -275,3 +277,40 @@ def pyro_evaluations(
 
 def evaluations(host: str, *args: Any, **kwargs: Any) -> Evaluations:
     return {"pyro": pyro_evaluations, "numpyro": numpyro_evaluations}[host](*args, **kwargs)
+
+
+def draws(host: str, objective: Any, program: Program, num_seeds: int) -> np.ndarray:
+    """Gradients of an objective that draws for itself, ``[num_seeds, P]``."""
+    return {"pyro": _pyro_draws, "numpyro": _numpyro_draws}[host](objective, program, num_seeds)
+
+
+def _numpyro_draws(objective: Any, program: Program, num_seeds: int) -> np.ndarray:
+    import jax
+    import jax.numpy as jnp
+
+    ppl = NumPyroPrimitives()
+    params = {name: jnp.asarray(value) for name, value in program.problem.params.items()}
+
+    def loss(params: dict[str, Any], key: Any) -> Any:
+        return objective.loss(key, params, partial(program.model, ppl), partial(program.guide, ppl))
+
+    keys = jax.random.split(jax.random.key(0), num_seeds)
+    gradients = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(params, keys)
+    flat = [np.asarray(gradients[name]).reshape(num_seeds, -1) for name in params]
+    return -np.concatenate(flat, axis=1)
+
+
+def _pyro_draws(objective: Any, program: Program, num_seeds: int) -> np.ndarray:
+    import pyro
+    import torch
+
+    ppl = PyroPrimitives()
+    model, guide = partial(program.model, ppl), partial(program.guide, ppl)
+    pyro.clear_param_store()
+    params = [ppl.param(name, value) for name, value in program.problem.params.items()]
+    gradients = []
+    for seed in range(num_seeds):
+        pyro.set_rng_seed(seed)
+        loss = objective.differentiable_loss(model, guide)
+        gradients.append(torch.cat([g.ravel() for g in torch.autograd.grad(loss, params)]))
+    return -torch.stack(gradients).numpy()
