@@ -53,8 +53,11 @@ class PyroBackend:
         """``array[indices]`` with NumPy indices."""
         return array[tuple(self.array(index) for index in indices)]
 
-    def stack(self, arrays: Sequence[Any]) -> Any:
-        return self._torch.stack(list(arrays))
+    def concatenate(self, arrays: Sequence[Any]) -> Any:
+        return self._torch.cat(list(arrays))
+
+    def detach(self, array: Any) -> Any:
+        return array.detach()
 
     def log_softmax(self, logits: Any) -> Any:
         return self._torch.log_softmax(logits, dim=-1)
@@ -113,8 +116,11 @@ class NumPyroBackend:
         """``array[indices]`` with NumPy indices."""
         return array[indices]
 
-    def stack(self, arrays: Sequence[Any]) -> Any:
-        return self._jax.numpy.stack(list(arrays))
+    def concatenate(self, arrays: Sequence[Any]) -> Any:
+        return self._jax.numpy.concatenate(list(arrays))
+
+    def detach(self, array: Any) -> Any:
+        return self._jax.lax.stop_gradient(array)
 
     def log_softmax(self, logits: Any) -> Any:
         return self._jax.nn.log_softmax(logits, axis=-1)

@@ -1,0 +1,160 @@
+"""The ELBO classes with their oracles, and the checks of their value, bias and covariance."""
+
+from functools import cache, partial
+
+import numpy as np
+
+from tests.conformance import programs
+from tests.conformance.backends import backend_for
+from tests.conformance.replay import evaluations, every_tuple
+from tests.oracles import enumeration
+from tests.oracles import multisample as oracle
+
+
+class Objective:
+    """An ELBO class with its options, and the oracle of its learning signal."""
+
+    def __init__(self, name, signal, *, num_particles, bias=0.0, **options):
+        self.name = name
+        self.num_particles = num_particles
+        self.num_auxiliary = options.get("num_auxiliary", 0)
+        self.num_replicates = options.get("num_replicates", 1)
+        self.signal = signal
+        # The multiple of E[sum_k v_k h_k] that is added to the bound's gradient; None where it is
+        # not the gradient of a bound at all.
+        self.gamma = bias
+        self.options = options
+
+    @property
+    def num_draws(self):
+        return self.num_replicates * (self.num_particles + self.num_auxiliary)
+
+    def build(self, package, **host_arguments):
+        return getattr(package, self.name)(self.num_particles, **self.options, **host_arguments)
+
+
+def iwae(K, **options):
+    return Objective("IWAE", oracle.reinforce_learning_signal, num_particles=K, **options)
+
+
+def vimco(K, leave_one_out, **options):
+    bias = None if options.get("reparam") == "score" else 0.0  # see discrete_then_scored
+    signal = partial(oracle.vimco_learning_signal, leave_one_out=leave_one_out)
+    return Objective(
+        "VIMCO", signal, num_particles=K, bias=bias, leave_one_out=leave_one_out, **options
+    )
+
+
+def ovis(K, gamma, **options):
+    signal = partial(oracle.ovis_gamma_learning_signal, gamma=gamma)
+    return Objective("OVIS", signal, num_particles=K, bias=gamma, gamma=gamma, **options)
+
+
+def ovis_mc(K, S, **options):
+    return Objective(
+        "OVIS", oracle.ovis_mc_learning_signal, num_particles=K, num_auxiliary=S, **options
+    )
+
+
+def wake_sleep(K, **options):
+    return Objective(
+        "ReweightedWakeSleep",
+        oracle.wake_phi_learning_signal,
+        num_particles=K,
+        bias=None,
+        **options,
+    )
+
+
+OBJECTIVES = {
+    "iwae-K3": iwae(3),
+    "vimco-geometric-K3": vimco(3, "geometric"),
+    "vimco-arithmetic-K3": vimco(3, "arithmetic"),
+    "ovis-gamma0-K3": ovis(3, 0.0),
+    "ovis-gamma0.5-K3": ovis(3, 0.5),
+    "ovis-gamma1-K3": ovis(3, 1.0),
+    "ovis-mc-K3-S1": ovis_mc(3, 1),
+    "ovis-mc-K2-S2": ovis_mc(2, 2),
+    "wake-sleep-K3": wake_sleep(3),
+    "iwae-K1": iwae(1),
+    "iwae-K2": iwae(2),
+    "vimco-geometric-K2": vimco(2, "geometric"),
+    "ovis-gamma0.5-K2": ovis(2, 0.5),
+    "ovis-mc-K2-S1": ovis_mc(2, 1),
+    "wake-sleep-K2": wake_sleep(2),
+    "iwae-K1-R3": iwae(1, num_replicates=3),
+    "vimco-geometric-K2-R2": vimco(2, "geometric", num_replicates=2),
+    "ovis-mc-K2-S1-R2": ovis_mc(2, 1, num_replicates=2),
+    "vimco-geometric-K2-score": vimco(2, "geometric", reparam="score"),
+}
+
+
+@cache
+def program_for(name):
+    return getattr(programs, name)()
+
+
+@cache
+def evaluate(host, program, objective, particles="vmap"):
+    """The class's loss and gradient at every tuple."""
+    objective = OBJECTIVES[objective]
+    return evaluations(
+        host,
+        partial(objective.build, backend_for(host).package),
+        program_for(program),
+        every_tuple(program_for(program), objective.num_draws),
+        particles=particles,
+    )
+
+
+@cache
+def probabilities(program, objective):
+    return enumeration.tuple_probabilities(
+        program_for(program).problem, OBJECTIVES[objective].num_draws
+    )
+
+
+def moments_by_oracle(program, objective):
+    objective_ = OBJECTIVES[objective]
+    gradients = enumeration.estimator_gradients(
+        program_for(program).problem,
+        objective_.num_particles,
+        objective_.signal,
+        oracle.normalized_weights,
+        num_auxiliary=objective_.num_auxiliary,
+        num_replicates=objective_.num_replicates,
+    )
+    return enumeration.moments(gradients, probabilities(program, objective))
+
+
+def assert_equal(actual, desired, what=""):
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-10, err_msg=what)
+
+
+def check_bias(gradients, program, objective):
+    """Unbiased for the bound; or biased by exactly gamma times the wake-phi gradient."""
+    mean = probabilities(program, objective) @ gradients
+    problem, K = program_for(program).problem, OBJECTIVES[objective].num_particles
+    bias = mean - enumeration.exact_gradient(problem, K)
+    gamma = OBJECTIVES[objective].gamma
+    expected = 0.0
+    if gamma:
+        wake_phi = oracle.wake_phi_learning_signal
+        expected = gamma * enumeration.expected_score(problem, K, wake_phi)
+    assert_equal(bias, expected, "bias")
+
+
+def check_moments(gradients, program, objective):
+    """Exact mean and covariance, those of the estimator as it is defined."""
+    actual = enumeration.moments(gradients, probabilities(program, objective))
+    desired = moments_by_oracle(program, objective)
+    assert_equal(actual.mean, desired.mean, "mean")
+    assert_equal(actual.covariance, desired.covariance, "covariance")
+
+
+def check_value(losses, program, objective):
+    """The loss is minus the bound; tuples without weight are not part of the objective."""
+    problem = program_for(program).problem
+    bound = enumeration.expected_bound(problem, problem.params, OBJECTIVES[objective].num_particles)
+    losses = np.where(np.isposinf(losses), 0.0, losses)
+    assert_equal(-losses @ probabilities(program, objective), bound, "value")
