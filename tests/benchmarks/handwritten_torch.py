@@ -1,7 +1,7 @@
 """One OVIS step for the two-layer sigmoid belief network, in torch alone.
 
 What somebody would write who needs this one model and estimator only: the same maths as
-``SVI(network.model, network.guide, Adam, loss=OVIS(num_particles))``, without a probabilistic language.
+``SVI(network.model, network.guide, Adam, loss=OVIS(num_particles))`` without Pyro.
 """
 
 import math

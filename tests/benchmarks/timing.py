@@ -1,4 +1,4 @@
-"""Times steps against each other: interleaved, so that whatever else the machine does hits all alike."""
+"""Times steps against each other, interleaved: what else the machine does then hits all alike."""
 
 import statistics
 import time
