@@ -8,7 +8,7 @@ sample site of both model and guide.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,12 @@ from numpyro.util import check_model_guide_match
 Site = dict[str, Any]
 Trace = dict[str, Site]
 Scale = float | Array
+_WRAPPERS = (
+    dist.ExpandedDistribution,
+    dist.Independent,
+    dist.MaskedDistribution,
+    dist.TransformedDistribution,
+)
 
 
 class Program(NamedTuple):
@@ -94,8 +100,9 @@ def trace_particle(program: Program, key: Array) -> tuple[Trace, Trace]:
     guide = handlers.substitute(handlers.seed(program.guide, guide_key), data=params)
     with _DetachScoreSites(program.reparam):
         guide_trace = handlers.trace(guide).get_trace(*program.args, **program.kwargs)
-    model = handlers.replay(handlers.seed(program.model, model_key), guide_trace)
-    model = handlers.substitute(model, data=params | _mutable_state(guide_trace))
+    # Substituted, not replayed: the host's replay does not reach sites inside of cond.
+    data = params | _drawn(guide_trace) | _mutable_state(guide_trace)
+    model = handlers.substitute(handlers.seed(program.model, model_key), data=data)
     model_trace = handlers.trace(model).get_trace(*program.args, **program.kwargs)
     _check_match(model_trace, guide_trace)
     return model_trace, guide_trace
@@ -115,10 +122,11 @@ def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> P
     has_nan: dict[str, Array] = {}
     for term in terms:
         has_nan[term.name] = jnp.isnan(term.log_prob).any() | has_nan.get(term.name, False)
-        relative = term.scale / common_scale
-        is_scaled = not (_is_number(relative) and relative == 1)
-        log_prob = relative * term.log_prob if is_scaled else term.log_prob
+        is_scaled = not _is_same_number(term.scale, common_scale)
+        log_prob = term.scale * term.log_prob if is_scaled else term.log_prob
         total = _to_batch(log_prob, term.dims, plates)
+        if is_scaled:
+            total /= common_scale
         if term.part == "log_q_score" and (is_scaled or term.mask is not True):
             drawn = term.site | {"fn": _unmasked(term.site["fn"])}
             density = _to_batch(_log_prob(term.name, drawn), term.dims, plates)
@@ -126,12 +134,9 @@ def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> P
             totals["log_q_path"] += total - density
             total = density
         totals[term.part] += total
-    bound_scale = plates.subsample_scale * jnp.ones(plates.sizes)
-    if terms:
-        bound_scale *= _to_batch(jnp.asarray(common_scale), terms[0].dims, plates)
     return Particles(
         **totals,
-        bound_scale=bound_scale,
+        bound_scale=plates.subsample_scale * common_scale * jnp.ones(plates.sizes),
         mutable_state=_mutable_state(guide_trace) | _mutable_state(model_trace),
         has_nan=has_nan,
     )
@@ -154,9 +159,9 @@ def dream_log_q(
     }
 
     args, kwargs = _show_dream(program, dreamt, dream_inputs)
-    guide = handlers.substitute(handlers.seed(program.guide, guide_key), data=params | values)
     # The model drew the data of its own subsample: the guide must look at the same one.
-    guide = handlers.replay(guide, {n: s for n, s in model_trace.items() if s["type"] == "plate"})
+    data = params | values | _of_type(model_trace, "plate")
+    guide = handlers.substitute(handlers.seed(program.guide, guide_key), data=data)
     guide_trace = handlers.trace(guide).get_trace(*args, **kwargs)
     for name, site in samples(guide_trace):
         if name not in values and not site["is_observed"] and not _is_deterministic(site):
@@ -254,11 +259,25 @@ class _DetachScoreSites(Messenger):
         super().__init__()
         self.reparam = reparam
 
+    def process_message(self, msg: Site) -> None:
+        if msg["type"] == "control_flow":
+            # A handler sees the sites of scan and cond only when these have run; by then the
+            # values have gone into what follows them inside.
+            msg["kwargs"]["substitute_stack"].append(("substitute", self._detached_value))
+
     def postprocess_message(self, msg: Site) -> None:
         if msg["type"] == "sample" and _is_score_site(msg, self.reparam):
             msg["value"] = jax.lax.stop_gradient(msg["value"])
             # A log_prob computed from cached intermediates would bring the gradient back.
             msg["intermediates"] = []
+
+    def _detached_value(self, site: Site) -> Array | None:
+        if site["type"] != "sample" or not _is_score_site(site, self.reparam):
+            return None
+        value = site["value"]
+        if value is None:
+            value = site["fn"](*site["args"], **site["kwargs"])
+        return jax.lax.stop_gradient(value)
 
 
 class _Term(NamedTuple):
@@ -299,17 +318,20 @@ def _common_scale(terms: list[_Term], plates: CommonPlates) -> Scale:
         return 1.0
     first = terms[0].scale
     if all(_is_number(term.scale) for term in terms):
-        same = all(math.isclose(term.scale, first, rel_tol=1e-6) for term in terms)
-        return first if same and first != 0 else 1.0
-    shape = jnp.shape(first)
-    common_dims = {terms[0].dims[plate] for plate in plates.names}
-    outside = any(n > 1 and i - len(shape) not in common_dims for i, n in enumerate(shape))
-    if outside or any(jnp.shape(term.scale) != shape for term in terms):
+        is_shared = all(_is_same_number(term.scale, first) for term in terms)
+        return first if is_shared and first != 0 else 1.0
+    if any(_varies_within_batch(term, plates) for term in terms):
         return 1.0
-    same = first != 0
-    for term in terms:
-        same &= jnp.isclose(term.scale, first, rtol=1e-6, atol=0.0)
-    return jnp.where(same, first, 1.0)
+    scales = [_to_batch(jnp.asarray(term.scale), term.dims, plates) for term in terms]
+    is_same = [jnp.isclose(scale, scales[0], rtol=1e-6, atol=0.0) for scale in scales]
+    return jnp.where(jnp.all(jnp.stack(is_same), axis=0) & (scales[0] != 0), scales[0], 1.0)
+
+
+def _varies_within_batch(term: _Term, plates: CommonPlates) -> bool:
+    """Whether the scale of a site differs among what one weight sums."""
+    shape = jnp.shape(term.scale)
+    common_dims = {term.dims[plate] for plate in plates.names}
+    return any(size > 1 and i - len(shape) not in common_dims for i, size in enumerate(shape))
 
 
 def _is_active(terms: list[_Term], plates: CommonPlates) -> bool | Array:
@@ -390,8 +412,12 @@ def _plate_dims(site: Site) -> dict[str, int]:
     return {frame.name: frame.dim for frame in site["cond_indep_stack"]}
 
 
-def _is_number(scale: Scale) -> bool:
+def _is_number(scale: Scale) -> TypeGuard[float]:
     return isinstance(scale, int | float)
+
+
+def _is_same_number(scale: Scale, other: Scale) -> bool:
+    return _is_number(scale) and _is_number(other) and math.isclose(scale, other, rel_tol=1e-6)
 
 
 def _is_score_site(site: Site, reparam: str) -> bool:
@@ -403,7 +429,7 @@ def _is_score_site(site: Site, reparam: str) -> bool:
 def _is_deterministic(site: Site) -> bool:
     """Whether the site is a point mass, whose value is a parameter rather than a draw."""
     fn = site["fn"]
-    while hasattr(fn, "base_dist") and not isinstance(fn, dist.TransformedDistribution):
+    while isinstance(fn, _WRAPPERS):
         fn = fn.base_dist
     return isinstance(fn, dist.Delta)
 
@@ -426,8 +452,18 @@ def refuse_nan(has_nan: dict[str, Bool[Array, " particles"]]) -> None:
         )
 
 
+def _drawn(guide_trace: Trace) -> dict[str, Array]:
+    """What the model takes over from the guide: its draws, and its plates' subsamples."""
+    draws = {name: site["value"] for name, site in samples(guide_trace) if not site["is_observed"]}
+    return draws | _of_type(guide_trace, "plate")
+
+
 def _mutable_state(trace: Trace) -> dict[str, Any]:
-    return {name: site["value"] for name, site in trace.items() if site["type"] == "mutable"}
+    return _of_type(trace, "mutable")
+
+
+def _of_type(trace: Trace, type_: str) -> dict[str, Any]:
+    return {name: site["value"] for name, site in trace.items() if site["type"] == type_}
 
 
 def _check_match(model_trace: Trace, guide_trace: Trace) -> None:
@@ -454,4 +490,12 @@ def _check_match(model_trace: Trace, guide_trace: Trace) -> None:
                 f"{sorted(in_model) or 'none'}). Add it to the model, remove it, or mark it "
                 'infer={"is_auxiliary": True} if it is a helper of the guide.'
             )
+    for name, plate in guide_trace.items():
+        if plate["type"] == "plate" and name in model_trace:
+            size, size_in_model = plate["args"][0], model_trace[name]["args"][0]
+            if size != size_in_model:
+                raise ValueError(
+                    f"Plate {name!r} has size {size_in_model} in the model but {size} in the "
+                    "guide. Give it the same size in both."
+                )
     check_model_guide_match(model_trace, guide_trace)

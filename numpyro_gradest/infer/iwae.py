@@ -29,7 +29,7 @@ class IWAE(MultiSampleELBO):
             ``"score"`` takes the score function at every random site.
         num_replicates: Number of independent K-particle bounds to average.
         chunk_size: Run particles in chunks of this size: memory does not grow with
-            ``num_particles``, at three forward passes instead of one.
+            ``num_particles``, at two forward passes instead of one.
         vectorize_particles: As in the host: ``True`` (``vmap``), ``False`` (``lax.map``) or a
             callable ``(fn, keys) -> stacked``.
 

@@ -3,6 +3,7 @@
 Notation: K = num_particles, R = num_replicates, lw_k = log p(x, z_k) - log q(z_k | x).
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +36,7 @@ class MultiSampleELBO(ELBO, ABC):
         num_replicates: Number of independent K-particle bounds that are averaged.
         chunk_size: Run the particles in chunks of this size, so that memory does not grow with
             ``num_particles``; the random numbers are the same, and so is, to rounding, the
-            gradient. Model and guide run three times instead of once.
+            gradient. Model and guide run twice instead of once.
         vectorize_particles: As in the host: ``True`` for ``vmap``, ``False`` for ``lax.map``, or a
             callable ``(fn, keys) -> stacked results``.
 
@@ -154,8 +155,8 @@ class MultiSampleELBO(ELBO, ABC):
         surrogate += self._guide_surrogate(program, guide_key)
 
         bound = jnp.sum(scale[0] * iwae_bound(log_weights).sum(axis=0))
-        # The second term is exactly zero: it brings the gradient and leaves the value alone.
-        loss = -(jax.lax.stop_gradient(bound) + (surrogate - jax.lax.stop_gradient(surrogate)))
+        _warn_of_no_weight(bound)
+        loss = -(jax.lax.stop_gradient(bound) + _gradient_only(surrogate))
         return {"loss": loss, "mutable_state": _mean_state(particles.mutable_state) or None}
 
     def _run(self, program: Program, keys: Array) -> Particles:
@@ -174,6 +175,17 @@ class MultiSampleELBO(ELBO, ABC):
         return log_weights.reshape(-1, self.num_replicates, *log_weights.shape[1:])
 
 
+@jax.custom_jvp
+def _gradient_only(surrogate: Float[Array, ""]) -> Float[Array, ""]:
+    """Zero, with the gradient of ``surrogate``, whose value then need not be computed."""
+    return jnp.zeros_like(surrogate)
+
+
+@_gradient_only.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return jnp.zeros_like(primals[0]), tangents[0]
+
+
 def _surrogate(particles: Particles, weights: Array, learning_signal: Array) -> Float[Array, ""]:
     return linear_surrogate(
         particles.log_p,
@@ -182,6 +194,16 @@ def _surrogate(particles: Particles, weights: Array, learning_signal: Array) -> 
         weights=weights,
         learning_signal=learning_signal,
     ).sum()
+
+
+def _warn_of_no_weight(bound: Float[Array, ""]) -> None:
+    """Warn of an infinite loss; values that are being traced can't be looked at, and pass."""
+    if not isinstance(bound, jax.core.Tracer) and bound == -jnp.inf:
+        warnings.warn(
+            "Every particle has zero weight for some of the data, so the bound is -inf; these data "
+            "contribute no gradient. Widen the guide, or raise num_particles.",
+            stacklevel=3,
+        )
 
 
 def _mean_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class ReweightedWakeSleep(MultiSampleELBO):
             drawn from the model, by name.
         num_replicates: Number of independent wake phases of K particles to average.
         chunk_size: Run particles in chunks of this size: memory does not grow with
-            ``num_particles``, at three forward passes instead of one.
+            ``num_particles``, at two forward passes instead of one.
         vectorize_particles: As in the host: ``True`` (``vmap``), ``False`` (``lax.map``) or a
             callable ``(fn, keys) -> stacked``.
 
