@@ -23,7 +23,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
-Site = dict[str, Any]
+Site = Any  # a message of the host's, whose type has all fields optional
 Trace = poutine.Trace
 Scale = float | Tensor
 Turn = tuple[int, ...]
@@ -94,10 +94,15 @@ def run_particles(program: Program, num_particles: int) -> Particles:
 
 def concatenate(runs: list[Particles]) -> Particles:
     """Join particles along axis 0."""
-    *tensors, site_sums = zip(*runs, strict=True)
     return Particles(
-        *(torch.cat(parts) for parts in tensors),
-        site_sums={name: sum(sums[name] for sums in site_sums) for name in site_sums[0]},
+        log_p=torch.cat([run.log_p for run in runs]),
+        log_q_score=torch.cat([run.log_q_score for run in runs]),
+        log_q_path=torch.cat([run.log_q_path for run in runs]),
+        bound_scale=torch.cat([run.bound_scale for run in runs]),
+        site_sums={
+            name: torch.stack([run.site_sums[name] for run in runs]).sum()
+            for name in runs[0].site_sums
+        },
     )
 
 
@@ -111,7 +116,7 @@ def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]
     args, kwargs = program.args, program.kwargs
 
     with _ShareSubsamples(program.subsamples):
-        messenger = poutine.unwrap(guide)
+        messenger: Any = poutine.unwrap(guide)
         if isinstance(messenger, Messenger):
             # An effect-based guide runs the model itself.
             if program.reparam == "score":
@@ -120,7 +125,7 @@ def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]
                     f'{type(messenger).__name__}. Use reparam="pathwise".'
                 )
             guide(*args, **kwargs)
-            model_trace, guide_trace = messenger.get_traces()
+            model_trace, guide_trace = messenger.get_traces()  # type: ignore[attr-defined]
         else:
             with _DetachScoreSites(program.reparam):
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -136,7 +141,7 @@ def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]
     guide_trace.compute_score_parts()
     if is_validation_enabled():
         for _, site in samples(model_trace) + samples(guide_trace):
-            check_site_shape(site, nesting)
+            check_site_shape(site, nesting)  # type: ignore[arg-type]  # may be inf
     return model_trace, guide_trace
 
 
@@ -156,10 +161,11 @@ def read_particles(
     site_sums: dict[str, Tensor] = {}
     for term in terms:
         site_sums[term.name] = term.site["log_prob_sum"].detach() + site_sums.get(term.name, 0.0)
-        relative = term.scale / common_scale
-        is_scaled = isinstance(relative, Tensor) or relative != 1
-        log_prob = relative * term.log_prob if is_scaled else term.log_prob
+        is_scaled = not _is_same_number(term.scale, common_scale)
+        log_prob = term.scale * term.log_prob if is_scaled else term.log_prob
         total = _to_batch(log_prob, term.dims, plates)
+        if is_scaled:
+            total = total / common_scale
         if term.part == "log_q_score" and (is_scaled or term.mask is not True):
             # The host leaves scale and mask out of the score function as well.
             density = term.site["score_parts"].score_function
@@ -173,14 +179,14 @@ def read_particles(
         totals[term.part, term.turn].append(total)
 
     log_p, log_q_score, log_q_path = _stack_turns(totals, plates)
-    bound_scale = torch.full_like(log_p, plates.subsample_scale)
-    if isinstance(common_scale, Tensor):
-        common_scale = _to_batch(common_scale, terms[0].dims, plates)
-        common_scale = common_scale[..., None] if plates.sequential else common_scale
-    tensors = [log_p, log_q_score, log_q_path, bound_scale * common_scale]
-    if PARTICLE_PLATE not in plates.names:
-        tensors = [tensor.expand(num_particles, *tensor.shape) for tensor in tensors]
-    return Particles(*tensors, site_sums=site_sums)
+    if isinstance(common_scale, Tensor) and plates.sequential:
+        common_scale = common_scale[..., None]
+    bound_scale = torch.full_like(log_p, plates.subsample_scale) * common_scale
+    particles = Particles(log_p, log_q_score, log_q_path, bound_scale, site_sums)
+    if PARTICLE_PLATE in plates.names:
+        return particles
+    expanded = (tensor.expand(num_particles, *tensor.shape) for tensor in particles[:-1])
+    return Particles(*expanded, site_sums=site_sums)  # type: ignore[misc, arg-type]
 
 
 def dream_log_q(
@@ -189,7 +195,8 @@ def dream_log_q(
     """log q(z | x) at latents and data drawn from the model, summed with its scales."""
     if program.vectorize_particles and num_particles > 1:
         return _dream(program, num_particles, dream_inputs)
-    return sum(_dream(program, 1, dream_inputs) for _ in range(num_particles))
+    dreams = [_dream(program, 1, dream_inputs) for _ in range(num_particles)]
+    return torch.stack(dreams).sum()
 
 
 def _dream(
@@ -220,7 +227,7 @@ def _dream(
                 f"{name!r} is not in the model. Use insomnia=1.0 (wake-phi only) for guides with "
                 "auxiliary sites."
             )
-    return guide_trace.log_prob_sum()
+    return torch.as_tensor(guide_trace.log_prob_sum())
 
 
 def _show_dream(
@@ -283,7 +290,7 @@ def samples(trace: Trace) -> list[tuple[str, Site]]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample"
         and not _is_subsample(site)
-        and not site["infer"].get("_deterministic")
+        and not (site["infer"] or {}).get("_deterministic")
     ]
 
 
@@ -389,7 +396,7 @@ def _stack_turns(
     zero = torch.zeros_like(example)
     parts = []
     for part in ("log_p", "log_q_score", "log_q_path"):
-        sums = [sum(totals[part, turn]) if totals[part, turn] else zero for turn in turns]
+        sums = [sum(totals[part, turn], zero) for turn in turns]
         parts.append(torch.stack(sums, dim=-1) if plates.sequential else sums[0])
     return parts
 
@@ -404,18 +411,24 @@ def _common_scale(terms: list[_Term], plates: CommonPlates) -> Scale:
         return 1.0
     first = terms[0].scale
     if not any(isinstance(term.scale, Tensor) for term in terms):
-        same = all(math.isclose(term.scale, first, rel_tol=1e-6) for term in terms)
-        return first if same and first != 0 else 1.0
-    shape = getattr(first, "shape", None)
-    if shape is None or any(getattr(term.scale, "shape", None) != shape for term in terms):
+        is_shared = all(_is_same_number(term.scale, first) for term in terms)
+        return first if is_shared and first != 0 else 1.0
+    if any(_varies_within_batch(term, plates) for term in terms):
         return 1.0
-    common_dims = {terms[0].dims[plate] for plate in plates.names}
-    if any(n > 1 and i - len(shape) not in common_dims for i, n in enumerate(shape)):
-        return 1.0
-    same = first != 0
-    for term in terms:
-        same = same & torch.isclose(term.scale, first, rtol=1e-6, atol=0.0)
-    return torch.where(same, first, torch.ones_like(first))
+    scales = [
+        _to_batch(torch.as_tensor(term.scale).to(term.log_prob), term.dims, plates)
+        for term in terms
+    ]
+    is_same = [torch.isclose(scale, scales[0], rtol=1e-6, atol=0.0) for scale in scales]
+    shared = torch.stack([*is_same, scales[0] != 0]).all(dim=0)
+    return torch.where(shared, scales[0], torch.ones_like(scales[0]))
+
+
+def _varies_within_batch(term: _Term, plates: CommonPlates) -> bool:
+    """Whether the scale of a site differs among what one weight sums."""
+    shape = getattr(term.scale, "shape", ())
+    common_dims = {term.dims[plate] for plate in plates.names}
+    return any(size > 1 and i - len(shape) not in common_dims for i, size in enumerate(shape))
 
 
 def _is_active(terms: list[_Term], plates: CommonPlates) -> bool | Tensor:
@@ -460,6 +473,12 @@ def _plate_dims(site: Site) -> dict[str, int]:
 
 def _subsample_scale(frame: CondIndepStackFrame) -> float:
     return 1.0 if frame.full_size is None else frame.full_size / frame.size
+
+
+def _is_same_number(scale: Scale, other: Scale) -> bool:
+    if isinstance(scale, Tensor) or isinstance(other, Tensor):
+        return False
+    return math.isclose(scale, other, rel_tol=1e-6)
 
 
 def _is_subsample(site: Site) -> bool:
