@@ -5,6 +5,7 @@
 #   make lint                     lint and types only
 #   make bench                    time, memory and gradient noise, as ratios within one run
 #   make snr                      signal-to-noise ratio against the number of particles
+#   make tutorials                run the notebooks at full length and keep their outputs
 
 PYTHON ?= python3
 # Some shells export HOST as the machine's name, so from the environment only the two hosts count.
@@ -28,7 +29,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
 # The environment is .venv alone, whatever the caller's shell has on its path.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: quickstart test lint bench snr
+.PHONY: quickstart test lint bench snr tutorials
 
 quickstart: $(STAMP)
 	$(BIN)/python tutorials/quickstart.py --host $(HOST)
@@ -46,6 +47,9 @@ bench: $(STAMP)
 
 snr: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.snr_gaussian_toy
+
+tutorials: $(STAMP)
+	$(BIN)/python tutorials/execute.py
 
 # Stamped last, so an interrupted installation is taken up again.
 $(STAMP): pyproject.toml constraints.txt
