@@ -17,6 +17,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
@@ -64,8 +65,6 @@ class Particles(NamedTuple):
     mask add to the score-function sites."""
     bound_scale: Float[Tensor, " K *batch"]
     """What multiplies the bound: N/B of subsampled plates, and a scale common to all sites."""
-    site_sums: dict[str, Tensor]
-    """Total log-probability of each sample site, by which a NaN is traced to its site."""
 
     @property
     def log_weights(self) -> Float[Tensor, " K *batch"]:
@@ -94,16 +93,7 @@ def run_particles(program: Program, num_particles: int) -> Particles:
 
 def concatenate(runs: list[Particles]) -> Particles:
     """Join particles along axis 0."""
-    return Particles(
-        log_p=torch.cat([run.log_p for run in runs]),
-        log_q_score=torch.cat([run.log_q_score for run in runs]),
-        log_q_path=torch.cat([run.log_q_path for run in runs]),
-        bound_scale=torch.cat([run.bound_scale for run in runs]),
-        site_sums={
-            name: torch.stack([run.site_sums[name] for run in runs]).sum()
-            for name in runs[0].site_sums
-        },
-    )
+    return Particles(*map(torch.cat, zip(*runs, strict=True)))
 
 
 def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]:
@@ -116,16 +106,12 @@ def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]
     args, kwargs = program.args, program.kwargs
 
     with _ShareSubsamples(program.subsamples):
-        messenger: Any = poutine.unwrap(guide)
-        if isinstance(messenger, Messenger):
-            # An effect-based guide runs the model itself.
-            if program.reparam == "score":
-                raise NotImplementedError(
-                    'reparam="score" is not available for guides that are messengers, got '
-                    f'{type(messenger).__name__}. Use reparam="pathwise".'
-                )
-            guide(*args, **kwargs)
-            model_trace, guide_trace = messenger.get_traces()  # type: ignore[attr-defined]
+        messenger = poutine.unwrap(guide)
+        if isinstance(messenger, GuideMessenger):
+            # It runs the model itself, with its own draws.
+            with _DetachScoreSites(program.reparam):
+                guide(*args, **kwargs)
+            model_trace, guide_trace = messenger.get_traces()
         else:
             with _DetachScoreSites(program.reparam):
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -138,7 +124,11 @@ def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]
         check_model_guide_match(model_trace, guide_trace, nesting)
     model_trace, guide_trace = map(prune_subsample_sites, (model_trace, guide_trace))
     model_trace.compute_log_prob()
-    guide_trace.compute_score_parts()
+    if program.reparam == "score":
+        guide_trace.compute_log_prob()
+    else:
+        guide_trace.compute_score_parts()
+        _refuse_rejection(guide_trace)
     if is_validation_enabled():
         for _, site in samples(model_trace) + samples(guide_trace):
             check_site_shape(site, nesting)  # type: ignore[arg-type]  # may be inf
@@ -152,41 +142,36 @@ def read_particles(
     plates = common_plates(program, model_trace, guide_trace)
     terms = [_read_site("log_p", name, site, plates) for name, site in samples(model_trace)]
     for name, site in samples(guide_trace):
-        part = "log_q_score" if _is_score_site(name, site, program.reparam) else "log_q_path"
+        part = "log_q_score" if _is_score_site(site, program.reparam) else "log_q_path"
         terms.append(_read_site(part, name, site, plates))
 
     common_scale = _common_scale(terms, plates)
     is_active = _is_active(terms, plates)
     totals: dict[tuple[str, Turn], list[Tensor]] = defaultdict(list)
-    site_sums: dict[str, Tensor] = {}
     for term in terms:
-        site_sums[term.name] = term.site["log_prob_sum"].detach() + site_sums.get(term.name, 0.0)
         is_scaled = not _is_same_number(term.scale, common_scale)
         log_prob = term.scale * term.log_prob if is_scaled else term.log_prob
         total = _to_batch(log_prob, term.dims, plates)
         if is_scaled:
             total = total / common_scale
         if term.part == "log_q_score" and (is_scaled or term.mask is not True):
-            # The host leaves scale and mask out of the score function as well.
-            density = term.site["score_parts"].score_function
-            if is_identically_zero(density):  # reparameterised, with reparam="score"
-                density = term.site["unscaled_log_prob"]
-            density = _to_batch(density, term.dims, plates)
+            density = _to_batch(_density(term.site), term.dims, plates)
             if isinstance(is_active, Tensor):
                 density = density.masked_fill(~is_active, 0.0)
             totals["log_q_path", term.turn].append(total - density)
             total = density
         totals[term.part, term.turn].append(total)
 
-    log_p, log_q_score, log_q_path = _stack_turns(totals, plates)
+    tensors = _stack_turns(totals, plates)
     if isinstance(common_scale, Tensor) and plates.sequential:
         common_scale = common_scale[..., None]
-    bound_scale = torch.full_like(log_p, plates.subsample_scale) * common_scale
-    particles = Particles(log_p, log_q_score, log_q_path, bound_scale, site_sums)
-    if PARTICLE_PLATE in plates.names:
-        return particles
-    expanded = (tensor.expand(num_particles, *tensor.shape) for tensor in particles[:-1])
-    return Particles(*expanded, site_sums=site_sums)  # type: ignore[misc, arg-type]
+    tensors.append(torch.full_like(tensors[0], plates.subsample_scale) * common_scale)
+    if PARTICLE_PLATE not in plates.names:
+        tensors = [tensor.expand(num_particles, *tensor.shape) for tensor in tensors]
+    particles = Particles(*tensors)
+    if not (particles.log_weights < math.inf).all():
+        _refuse_log_weights(terms)
+    return particles
 
 
 def dream_log_q(
@@ -227,7 +212,15 @@ def _dream(
                 f"{name!r} is not in the model. Use insomnia=1.0 (wake-phi only) for guides with "
                 "auxiliary sites."
             )
-    return torch.as_tensor(guide_trace.log_prob_sum())
+    log_q = torch.as_tensor(guide_trace.log_prob_sum())
+    for name, site in samples(guide_trace):
+        if not site["log_prob_sum"].isfinite():
+            raise ValueError(
+                f"Sleep-phi trains the guide on latents and data drawn from the model, but there "
+                f"its log-probability at site {name!r} is {site['log_prob_sum'].item()}. Let the "
+                "guide cover all that the model can draw; no parameter has been updated."
+            )
+    return log_q
 
 
 def _show_dream(
@@ -248,38 +241,46 @@ def _show_dream(
 def common_plates(program: Program, model_trace: Trace, guide_trace: Trace) -> CommonPlates:
     """Find the plates that enclose every sample site; weights refuse subsampling in any other."""
     traces = {"model": model_trace, "guide": guide_trace}
-    sites = [(side, *item) for side, trace in traces.items() for item in samples(trace)]
+    sites = {
+        f"{side} site {name!r}": site
+        for side, trace in traces.items()
+        for name, site in samples(trace)
+    }
+    extents = {where: _extents(site) for where, site in sites.items()}
     seen: dict[str, tuple[CondIndepStackFrame, str]] = {}
-    for side, name, site in sites:
+    for where, site in sites.items():
         for frame in site["cond_indep_stack"]:
-            first, where = seen.setdefault(frame.name, (frame, f"{side} site {name!r}"))
-            if first.size != frame.size:
+            first, inside = seen.setdefault(frame.name, (frame, where))
+            if -1 != first.size != frame.size != -1:  # -1: declared without a size
                 raise ValueError(
-                    f"Plate {frame.name!r} has size {first.size} at {where} but {frame.size} at "
-                    f"{side} site {name!r}. Give the plate the same size and subsample_size in "
-                    "model and guide."
+                    f"Plate {frame.name!r} has size {first.size} at {inside} but {frame.size} at "
+                    f"{where}. Give the plate the same size and subsample_size in model and guide."
                 )
 
-    frames = {frame.name: frame for frame in sites[0][2]["cond_indep_stack"]} if sites else {}
+    frames = []
     for plate, (frame, inside) in seen.items():
-        for side, name, site in sites:
-            if any(other.name == plate for other in site["cond_indep_stack"]):
-                continue
-            frames.pop(plate, None)
-            if program.is_weighted and _subsample_scale(frame) != 1:
-                raise ValueError(
-                    f"Plate {plate!r} is subsampled ({frame.size} of {frame.full_size}) but {side} "
-                    f"site {name!r} lies outside of it, while {inside} lies inside. The weights of "
-                    f"a subsample say nothing about the rest of the data: put {name!r} inside the "
-                    f"plate, do not subsample {plate!r}, or use one particle (the ELBO; average "
-                    "several with num_replicates)."
-                )
-    vectorized = sorted((f for f in frames.values() if f.vectorized), key=lambda f: f.dim)
+        outside = [where for where in sites if extents[where].get(plate) != extents[inside][plate]]
+        if not outside:
+            frames.append(frame)
+        elif plate == PARTICLE_PLATE:
+            raise ValueError(
+                f"The {outside[0]} is drawn once for all particles, as it lies outside of their "
+                "plate. Keep it inside, or use vectorize_particles=False."
+            )
+        elif program.is_weighted and _subsample_scale(frame) != 1:
+            raise ValueError(
+                f"Plate {plate!r} is subsampled ({frame.size} of {frame.full_size}) but "
+                f"{outside[0]} lies outside of it, while {inside} lies inside. The weights of a "
+                "subsample say nothing about the rest of the data: put all sites inside the "
+                f"plate, do not subsample {plate!r}, or use one particle (the ELBO; average "
+                "several with num_replicates)."
+            )
+    vectorized = sorted((f for f in frames if f.vectorized), key=lambda frame: frame.dim or 0)
     return CommonPlates(
         names=tuple(frame.name for frame in vectorized),
-        sizes=tuple(frame.size for frame in vectorized),
-        sequential=tuple(frame.name for frame in frames.values() if not frame.vectorized),
-        subsample_scale=math.prod(map(_subsample_scale, frames.values())),
+        sizes=tuple(extents[seen[frame.name][1]][frame.name] for frame in vectorized),
+        sequential=tuple(frame.name for frame in frames if not frame.vectorized),
+        subsample_scale=math.prod(map(_subsample_scale, frames)),
     )
 
 
@@ -346,15 +347,16 @@ class _ShareSubsamples(Messenger):
 
 
 class _DetachScoreSites(Messenger):
-    """Stops gradients at the values of reparameterised sites, for ``reparam="score"``."""
+    """Stops gradients at the values of the guide's score-function sites."""
 
     def __init__(self, reparam: str) -> None:
         super().__init__()
         self.reparam = reparam
 
     def _pyro_post_sample(self, msg: Site) -> None:
-        is_random = not (msg["is_observed"] or _is_subsample(msg) or _is_deterministic(msg["fn"]))
-        if self.reparam == "score" and is_random:
+        if not _is_subsample(msg) and _is_score_site(msg, self.reparam):
+            # A new tensor, also where the value has no gradient: transforms remember what they
+            # made it of, and by that their parameters would drop out of its log-probability.
             msg["value"] = msg["value"].detach()
 
 
@@ -375,6 +377,11 @@ class _Term(NamedTuple):
 
 def _read_site(part: str, name: str, site: Site, plates: CommonPlates) -> _Term:
     counters = {frame.name: frame.counter for frame in site["cond_indep_stack"]}
+    if not site["log_prob"].is_floating_point():
+        raise TypeError(
+            f"The log-probability at site {name!r} has dtype {site['log_prob'].dtype}, but weights "
+            "and gradients need a floating one. Convert it with .float() or .double()."
+        )
     return _Term(
         part=part,
         name=name,
@@ -383,7 +390,7 @@ def _read_site(part: str, name: str, site: Site, plates: CommonPlates) -> _Term:
         dims=_plate_dims(site),
         turn=tuple(counters[plate] for plate in plates.sequential),
         scale=site["scale"] / plates.subsample_scale,
-        mask=_mask(site),
+        mask=_both(_mask(site["fn"]), True if site["mask"] is None else site["mask"]),
     )
 
 
@@ -443,13 +450,39 @@ def _is_active(terms: list[_Term], plates: CommonPlates) -> bool | Tensor:
     return active
 
 
-def _mask(site: Site) -> bool | Tensor:
-    """The mask under which a site lies, True where there is none."""
-    inner = site["fn"]._mask if isinstance(site["fn"], dist.MaskedDistribution) else True
-    outer = True if site["mask"] is None else site["mask"]
-    if inner is True or outer is True:
-        return outer if inner is True else inner
-    return inner & outer
+def _mask(fn: Any) -> bool | Tensor:
+    """The mask under which a distribution lies, True where there is none."""
+    if isinstance(fn, dist.MaskedDistribution):
+        return _both(fn._mask, _mask(fn.base_dist))
+    if isinstance(fn, dist.ExpandedDistribution):
+        return _mask(fn.base_dist)
+    if isinstance(fn, dist.Independent):
+        inner = _mask(fn.base_dist)
+        event_dims = tuple(range(-fn.reinterpreted_batch_ndims, 0))
+        return inner if isinstance(inner, bool) else inner.any(event_dims)
+    return True
+
+
+def _both(mask: bool | Tensor, other: bool | Tensor) -> bool | Tensor:
+    if mask is True:
+        return other
+    return mask if other is True else mask & other
+
+
+def _density(site: Site) -> Tensor:
+    """Log-density of a draw, which happens whatever its scale and mask."""
+    fn = _unmasked(site["fn"])
+    return site["unscaled_log_prob"] if fn is site["fn"] else fn.log_prob(site["value"])
+
+
+def _unmasked(fn: Any) -> Any:
+    if isinstance(fn, dist.MaskedDistribution):
+        return _unmasked(fn.base_dist)
+    if isinstance(fn, dist.ExpandedDistribution) and _mask(fn) is not True:
+        return _unmasked(fn.base_dist).expand(fn.batch_shape)
+    if isinstance(fn, dist.Independent) and _mask(fn) is not True:
+        return _unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+    return fn
 
 
 def _to_batch(tensor: Tensor, dims: dict[str, int], plates: CommonPlates) -> Tensor:
@@ -471,6 +504,18 @@ def _plate_dims(site: Site) -> dict[str, int]:
     return {frame.name: frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
 
 
+def _extents(site: Site) -> dict[str, int]:
+    """How far a site stretches along each of its plates.
+
+    Where a plate is declared without a size, a site may be one draw for all of its elements.
+    """
+    shape = site["log_prob"].shape
+    return {
+        frame.name: shape[frame.dim] if frame.vectorized and -frame.dim <= len(shape) else 1
+        for frame in site["cond_indep_stack"]
+    }
+
+
 def _subsample_scale(frame: CondIndepStackFrame) -> float:
     return 1.0 if frame.full_size is None else frame.full_size / frame.size
 
@@ -485,18 +530,23 @@ def _is_subsample(site: Site) -> bool:
     return type(site["fn"]).__name__ == "_Subsample"
 
 
-def _is_score_site(name: str, site: Site, reparam: str) -> bool:
-    parts = site["score_parts"]
-    if is_identically_zero(parts.score_function):
-        is_factor = site["is_observed"]
-        return reparam == "score" and not is_factor and not _is_deterministic(site["fn"])
-    if not is_identically_zero(parts.entropy_term):
-        raise NotImplementedError(
-            f"Guide site {name!r} ({type(site['fn']).__name__}) samples by rejection: its gradient "
-            "has a score part and a path part. Use a distribution that is fully reparameterised, "
-            "or turn the path part off with .has_rsample_(False)."
-        )
-    return True
+def _is_score_site(site: Site, reparam: str) -> bool:
+    fn = site["fn"]
+    if site["is_observed"]:
+        # A factor stands for a draw that the guide has made by itself.
+        return isinstance(fn, dist.Unit) and not fn.has_rsample
+    return not _is_deterministic(fn) and (reparam == "score" or not fn.has_rsample)
+
+
+def _refuse_rejection(guide_trace: Trace) -> None:
+    for name, site in samples(guide_trace):
+        _, score_function, entropy_term = site["score_parts"]
+        if not (is_identically_zero(score_function) or is_identically_zero(entropy_term)):
+            raise NotImplementedError(
+                f"Guide site {name!r} ({type(site['fn']).__name__}) samples by rejection: its "
+                "gradient has a score part and a path part. Use a distribution that is fully "
+                'reparameterised, or reparam="score".'
+            )
 
 
 def _is_deterministic(fn: Any) -> bool:
@@ -533,13 +583,23 @@ def _check_match(program: Program, model_trace: Trace, guide_trace: Trace) -> No
             )
 
 
-def refuse_nan(particles: Particles) -> None:
-    """Raise if a log-probability is NaN, naming the site."""
-    names = [name for name, total in particles.site_sums.items() if total.isnan().any()]
-    if names:
-        raise ValueError(
-            f"The log-probability at site {names[0]!r} is NaN"
-            + (f" (also at {names[1:]})" if names[1:] else "")
-            + ". Check the parameters of its distribution and the data; no parameter has been "
-            "updated."
-        )
+def _refuse_log_weights(terms: list[_Term]) -> None:
+    """Raise for log-weights that are NaN or +inf, naming the site."""
+    for term in terms:
+        if term.log_prob.isnan().any():
+            raise ValueError(
+                f"The log-probability at site {term.name!r} is NaN. Check the parameters of its "
+                "distribution and the data; no parameter has been updated."
+            )
+    names = sorted({term.name for term in terms if _weighs_infinitely(term)})
+    raise ValueError(
+        f"A log-weight is not finite, as the log-probability at {names} is infinite: a draw lies "
+        "outside of the guide's own support, or where a density has a pole. Keep draws off the "
+        "edge of the support (rounding may put them there); no parameter has been updated."
+    )
+
+
+def _weighs_infinitely(term: _Term) -> bool:
+    return bool(term.log_prob.isposinf().any()) or (
+        term.part != "log_p" and bool(term.log_prob.isneginf().any())
+    )

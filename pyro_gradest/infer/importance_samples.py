@@ -18,7 +18,6 @@ from pyro_gradest.infer._particles import (
     latent_axes,
     latent_values,
     read_particles,
-    refuse_nan,
     trace_particles,
 )
 from pyro_gradest.infer.iwae import IWAE
@@ -117,7 +116,6 @@ def importance_samples(
             runs.append(read_particles(program, *traces, size))
             values.append(latent_values(traces[0], size))
     particles = concatenate(runs)
-    refuse_nan(particles)
     log_weights = particles.log_weights
     categorical = torch.distributions.Categorical(logits=log_weights.movedim(0, -1))
     choice = categorical.sample((num_samples,))

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from pyro.infer import ELBO
-from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +21,6 @@ from pyro_gradest.infer._particles import (
     Particles,
     Program,
     concatenate,
-    refuse_nan,
     run_particles,
     trace_particles,
 )
@@ -145,7 +143,7 @@ class MultiSampleELBO(ELBO):
                 program_of(self, model, guide, args, kwargs), self._num_runs, []
             )
             loss = -self._bound(particles).item()
-        _check_loss(loss, particles)
+        _warn_of_no_weight(loss)
         return loss
 
     def differentiable_loss(
@@ -165,9 +163,8 @@ class MultiSampleELBO(ELBO):
         Raises:
             ValueError: As :meth:`loss_and_grads`.
         """
-        loss, particles = self._differentiable_loss(model, guide, args, kwargs)
-        if is_validation_enabled():
-            _check_loss(loss.item(), particles)
+        loss = self._differentiable_loss(model, guide, args, kwargs)
+        _warn_of_no_weight(loss.item())
         return loss
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -188,9 +185,9 @@ class MultiSampleELBO(ELBO):
                 log-probability is NaN. All before any gradient is formed.
             NotImplementedError: If a guide site samples by rejection.
         """
-        loss, particles = self._differentiable_loss(model, guide, args, kwargs)
+        loss = self._differentiable_loss(model, guide, args, kwargs)
         value = loss.item()
-        _check_loss(value, particles)
+        _warn_of_no_weight(value)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
         return value
@@ -200,7 +197,7 @@ class MultiSampleELBO(ELBO):
 
     def _differentiable_loss(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict
-    ) -> tuple[Float[Tensor, ""], Particles]:
+    ) -> Float[Tensor, ""]:
         program = program_of(self, model, guide, args, kwargs)
         start = _rng_state()
         try:
@@ -210,7 +207,7 @@ class MultiSampleELBO(ELBO):
             _set_rng_state(start)
             return self._estimate(program._replace(subsamples={}))
 
-    def _estimate(self, program: Program) -> tuple[Float[Tensor, ""], Particles]:
+    def _estimate(self, program: Program) -> Float[Tensor, ""]:
         chunks: list[_Chunk] = []
         if self.chunk_size is None:
             particles = run_particles(program, self._num_runs)
@@ -244,8 +241,7 @@ class MultiSampleELBO(ELBO):
             )
         surrogate = surrogate + self._guide_surrogate(program)
         # The second term is exactly zero: it brings the gradient and leaves the value alone.
-        loss = -(self._bound(particles) + (surrogate - surrogate.detach()))
-        return loss, particles
+        return -(self._bound(particles) + (surrogate - surrogate.detach()))
 
     def _weigh(self, program: Program, num_runs: int, chunks: list["_Chunk"]) -> Particles:
         """Run particles in chunks if so configured, and append to ``chunks`` how to repeat them."""
@@ -354,9 +350,7 @@ def _replayed(state: list[Tensor]) -> Iterator[None]:
         _set_rng_state(outside)
 
 
-def _check_loss(loss: float, particles: Particles) -> None:
-    if math.isnan(loss):
-        refuse_nan(particles)
+def _warn_of_no_weight(loss: float) -> None:
     if loss == math.inf:
         warnings.warn(
             "Every particle has zero weight for some of the data, so the bound is -inf; these data "
