@@ -404,8 +404,8 @@ def _to_batch(array: Array, dims: dict[str, int], plates: CommonPlates) -> Array
     array = array.reshape((1,) * (depth - array.ndim) + array.shape)
     kept = [array.ndim + dims[plate] for plate in plates.names]
     array = array.sum([axis for axis in range(array.ndim) if axis not in kept])
-    order = sorted(range(len(kept)), key=kept.__getitem__)
-    return jnp.broadcast_to(array.transpose([order.index(i) for i in order]), plates.sizes)
+    order = [sorted(kept).index(axis) for axis in kept]
+    return jnp.broadcast_to(array.transpose(order), plates.sizes)
 
 
 def _plate_dims(site: Site) -> dict[str, int]:
