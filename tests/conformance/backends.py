@@ -12,6 +12,9 @@ import numpy as np
 
 HOSTS = ("pyro", "numpyro")
 
+# For jax.jit. What a test compiles it runs once, and compiling well takes longer than running.
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
+
 
 class PyroBackend:
     """torch tensors, pyro_gradest."""
@@ -110,7 +113,8 @@ class NumPyroBackend:
             lambda *leaves: function(*leaves).sum(), argnums=tuple(range(len(arguments)))
         )
         # One compilation instead of one per operation.
-        return [np.asarray(g) for g in self._jax.jit(gradient)(*map(self.array, arguments))]
+        compiled = self._jax.jit(gradient, compiler_options=QUICK_TO_COMPILE)
+        return [np.asarray(g) for g in compiled(*map(self.array, arguments))]
 
     def take(self, array: Any, indices: tuple[np.ndarray, ...]) -> Any:
         """``array[indices]`` with NumPy indices."""

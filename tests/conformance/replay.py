@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tests.conformance.backends import QUICK_TO_COMPILE
 from tests.conformance.programs import Program
 from tests.oracles import enumeration
 
@@ -169,7 +170,9 @@ def numpyro_evaluations(
             )
 
     arrays = {name: jnp.asarray(array) for name, array in prescription.arrays.items()}
-    evaluate = jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0)))
+    evaluate = jax.jit(
+        jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0)), compiler_options=QUICK_TO_COMPILE
+    )
     losses, gradients = evaluate(params, arrays)
     flat = [np.asarray(gradients[name]).reshape(len(losses), -1) for name in params]
     return Evaluations(np.asarray(losses), -np.concatenate(flat, axis=1))
@@ -295,7 +298,9 @@ def _numpyro_draws(objective: Any, program: Program, num_seeds: int) -> np.ndarr
         return objective.loss(key, params, partial(program.model, ppl), partial(program.guide, ppl))
 
     keys = jax.random.split(jax.random.key(0), num_seeds)
-    gradients = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(params, keys)
+    gradients = jax.jit(
+        jax.vmap(jax.grad(loss), in_axes=(None, 0)), compiler_options=QUICK_TO_COMPILE
+    )(params, keys)
     flat = [np.asarray(gradients[name]).reshape(num_seeds, -1) for name in params]
     return -np.concatenate(flat, axis=1)
 
