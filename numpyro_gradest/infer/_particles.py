@@ -297,13 +297,14 @@ class _Term(NamedTuple):
 def _read_site(part: str, name: str, site: Site, plates: CommonPlates) -> _Term:
     log_prob = _log_prob(name, site)
     _check_plate_shape(name, site, log_prob)
+    scale = 1.0 if site["scale"] is None else site["scale"]
     return _Term(
         part=part,
         name=name,
         site=site,
         log_prob=log_prob,
         dims=_plate_dims(site),
-        scale=(1.0 if site["scale"] is None else site["scale"]) / plates.subsample_scale,
+        scale=(scale if _is_number(scale) else jnp.asarray(scale)) / plates.subsample_scale,
         mask=_mask(site["fn"]),
     )
 
@@ -349,7 +350,8 @@ def _mask(fn: dist.Distribution) -> bool | Array:
     """The mask under which a distribution lies, True where there is none."""
     if isinstance(fn, dist.MaskedDistribution):
         inner = _mask(fn.base_dist)
-        return fn._mask if inner is True else fn._mask & inner
+        outer = fn._mask if isinstance(fn._mask, bool) else jnp.asarray(fn._mask)
+        return outer if inner is True else outer & inner
     if isinstance(fn, dist.ExpandedDistribution):
         return _mask(fn.base_dist)
     if isinstance(fn, dist.Independent):
@@ -372,7 +374,7 @@ def _unmasked(fn: dist.Distribution) -> dist.Distribution:
 def _log_prob(name: str, site: Site) -> Array:
     args = (site["intermediates"],) if site["intermediates"] else ()
     try:
-        return site["fn"].log_prob(site["value"], *args)
+        return jnp.asarray(site["fn"].log_prob(site["value"], *args))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"log_prob failed at site {name!r}: its value has shape {jnp.shape(site['value'])}, "
@@ -412,7 +414,7 @@ def _plate_dims(site: Site) -> dict[str, int]:
     return {frame.name: frame.dim for frame in site["cond_indep_stack"]}
 
 
-def _is_number(scale: Scale) -> TypeGuard[float]:
+def _is_number(scale: Any) -> TypeGuard[float]:
     return isinstance(scale, int | float)
 
 
