@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
@@ -36,7 +37,7 @@ class Case(NamedTuple):
     turn: Callable[[str], int] = lambda name: 0
     """Which turn of a common sequential plate a site belongs to, by its name."""
     latents: tuple[str, ...] = ("z",)
-    """Sites whose score function is taken."""
+    """Sites whose score function is taken: gradients stop at their values."""
 
 
 def traces(case: Case, num_particles: int, vectorize: bool) -> list[tuple[Any, Any]]:
@@ -50,15 +51,27 @@ def traces(case: Case, num_particles: int, vectorize: bool) -> list[tuple[Any, A
     for _ in range(1 if vectorize else num_particles):
         messenger = poutine.unwrap(guide)
         with _Subsample(subsample):
-            if isinstance(messenger, GuideMessenger):
-                guide()
-                pairs.append(messenger.get_traces())
-                continue
-            guide_trace = poutine.trace(guide).get_trace()
-            pairs.append(
-                (poutine.trace(poutine.replay(model, guide_trace)).get_trace(), guide_trace)
-            )
+            with _Detach(case.latents):
+                if isinstance(messenger, GuideMessenger):
+                    guide()
+                    pairs.append(messenger.get_traces())
+                    continue
+                guide_trace = poutine.trace(guide).get_trace()
+            model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace()
+            pairs.append((model_trace, guide_trace))
     return pairs
+
+
+class _Detach(poutine.messenger.Messenger):
+    """Draws are constants: also those that remember the parameters they were made with."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names:
+            msg["value"] = msg["value"].detach().clone()
 
 
 class _Subsample(poutine.messenger.Messenger):
@@ -89,7 +102,7 @@ def log_probs(case: Case, num_particles: int, vectorize: bool) -> tuple[Tensor, 
                     continue
                 values = {side: site["log_prob"] / case.bound_scale}
                 if side == 1 and name in case.latents:
-                    values[2] = site["unscaled_log_prob"]
+                    values[2] = _unmasked(site["fn"]).log_prob(site["value"])
                 for part, value in values.items():
                     total = _sum(value, case, num_particles if vectorize else 1)
                     turn = case.turn(name)
@@ -102,6 +115,13 @@ def log_probs(case: Case, num_particles: int, vectorize: bool) -> tuple[Tensor, 
             )
     log_p, log_q, density = (torch.cat(part) for part in parts)
     return torch.broadcast_tensors(log_p, log_q, density)
+
+
+def _unmasked(fn: Any) -> Any:
+    """A draw happens whatever the mask of its distribution."""
+    if isinstance(fn, dist.Independent):
+        return _unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+    return _unmasked(fn.base_dist) if isinstance(fn, dist.MaskedDistribution) else fn
 
 
 def _sum(log_prob: Tensor, case: Case, num_particles: int) -> Tensor:
