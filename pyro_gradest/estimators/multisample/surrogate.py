@@ -42,7 +42,7 @@ def linear_surrogate(
         O(K) time and memory per batch element. Linear, so that particles may be summed in chunks.
 
     Example:
-        >>> import jax, jax.numpy as jnp
+        >>> import torch
         >>> log_q = torch.log(torch.tensor([0.5, 0.5])).requires_grad_()
         >>> weights, signal = torch.tensor([0.25, 0.75]), torch.tensor([-0.1, 0.2])
         >>> zero = torch.zeros(2)
