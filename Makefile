@@ -22,9 +22,9 @@ IS_RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 # The pinned versions. An unpinned torch would bring gigabytes of CUDA libraries.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-# Two pytest workers share the cores, and timings compare like with like: one thread per process.
+# Two pytest workers share the cores: one thread each.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
-	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+	XLA_FLAGS=--xla_cpu_multi_thread_eigen=false
 
 # The environment is .venv alone, whatever the caller's shell has on its path.
 unexport PYTHONPATH PYTHONHOME
@@ -43,7 +43,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks
 
 snr: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.snr_gaussian_toy
