@@ -251,10 +251,13 @@ def common_plates(program: Program, model_trace: Trace, guide_trace: Trace) -> C
     for where, site in sites.items():
         for frame in site["cond_indep_stack"]:
             first, inside = seen.setdefault(frame.name, (frame, where))
-            if -1 != first.size != frame.size != -1:  # -1: declared without a size
+            sizes, first_sizes = (frame.size, frame.full_size), (first.size, first.full_size)
+            # A plate may be declared without a size (-1).
+            if sizes != first_sizes and -1 not in (frame.size, first.size):
                 raise ValueError(
-                    f"Plate {frame.name!r} has size {first.size} at {inside} but {frame.size} at "
-                    f"{where}. Give the plate the same size and subsample_size in model and guide."
+                    f"Plate {frame.name!r} has size {first.size} of {first.full_size} at {inside} "
+                    f"but {frame.size} of {frame.full_size} at {where}. Give the plate the same "
+                    "size and subsample_size in model and guide."
                 )
 
     frames = []
@@ -264,8 +267,8 @@ def common_plates(program: Program, model_trace: Trace, guide_trace: Trace) -> C
             frames.append(frame)
         elif plate == PARTICLE_PLATE:
             raise ValueError(
-                f"The {outside[0]} is drawn once for all particles, as it lies outside of their "
-                "plate. Keep it inside, or use vectorize_particles=False."
+                f"The {outside[0]} lies outside of the plate of the particles, so that they share "
+                "it. Keep it inside, or use vectorize_particles=False."
             )
         elif program.is_weighted and _subsample_scale(frame) != 1:
             raise ValueError(

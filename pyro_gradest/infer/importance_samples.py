@@ -72,8 +72,8 @@ def importance_samples(
 
     Raises:
         TypeError: If a count is not an integer.
-        ValueError: If a count is not positive, model and guide do not match, or a log-probability
-            is NaN.
+        ValueError: If a count is not positive, model and guide do not match, a log-probability
+            is NaN, or all weights are zero.
 
     Bias and variance:
         Expectations under the draws are self-normalised, O(1/K).
@@ -115,8 +115,13 @@ def importance_samples(
             traces = trace_particles(program, size)
             runs.append(read_particles(program, *traces, size))
             values.append(latent_values(traces[0], size))
-    particles = concatenate(runs)
-    log_weights = particles.log_weights
+    log_weights = concatenate(runs).log_weights
+    log_evidence = iwae_bound(log_weights)
+    if log_evidence.isneginf().any():
+        raise ValueError(
+            f"importance_samples needs a particle of positive weight, but for some of the data all "
+            f"{num_particles} have none. Widen the guide, or raise num_particles."
+        )
     categorical = torch.distributions.Categorical(logits=log_weights.movedim(0, -1))
     choice = categorical.sample((num_samples,))
     axes = latent_axes(traces[0], common_plates(program, *traces))
@@ -127,7 +132,7 @@ def importance_samples(
     return ImportanceSamples(
         samples=samples,
         effective_sample_size=effective_sample_size(log_weights),
-        log_evidence=iwae_bound(log_weights),
+        log_evidence=log_evidence,
     )
 
 
