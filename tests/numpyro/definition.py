@@ -17,6 +17,7 @@ from numpyro.infer import ELBO
 from numpyro.primitives import Messenger
 
 from numpyro_gradest import OVIS
+from tests.conformance.backends import QUICK_TO_COMPILE
 from tests.oracles import multisample as oracle
 
 
@@ -63,7 +64,7 @@ class _Recorder(Messenger):
             self.particles.append({})
         is_latent = msg["type"] == "sample" and not msg["is_observed"]
         if is_latent or msg["type"] == "plate":
-            self.particles[-1].setdefault(msg["name"], msg["value"])
+            self.particles[-1].setdefault(msg["name"], jax.lax.stop_gradient(msg["value"]))
 
 
 def evaluate(
@@ -71,7 +72,7 @@ def evaluate(
 ) -> Evaluation:
     """Loss, gradient and draws of the objective ``build(vectorize_particles=...)``."""
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
     def run(params: dict) -> Evaluation:
         recorder = _Recorder()
 

@@ -250,7 +250,7 @@ def test_a_site_outside_of_the_particle_plate_is_refused():
             sample("x", dist.Normal(0.0, 1.0), obs=X[0])
 
     elbo = VIMCO(3, vectorize_particles=True, max_plate_nesting=0)
-    with pytest.raises(ValueError, match="model site 'x' lies outside of the plate of the particles"):
+    with pytest.raises(ValueError, match="model site 'x' lies outside of the plate"):
         elbo.loss_and_grads(model, guide)
 
 
