@@ -11,15 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_gradest.estimators import effective_sample_size, iwae_bound
-from numpyro_gradest.infer._particles import (
-    Program,
-    common_plates,
-    latent_axes,
-    latent_values,
-    read_particle,
-    refuse_nan,
-    trace_particle,
-)
+from numpyro_gradest.infer._particles import read_particle, refuse_log_weights
+from numpyro_gradest.infer._plates import common_plates
+from numpyro_gradest.infer._trace import Program, latent_axes, latent_values, trace_particle
 from numpyro_gradest.infer.multisample_elbo import check_count
 
 
@@ -71,8 +65,8 @@ def importance_samples(
 
     Raises:
         TypeError: If a count is not an integer.
-        ValueError: If a count is not positive, model and guide do not match, or a log-probability
-            is NaN.
+        ValueError: If a count is not positive, model and guide do not match, a log-probability
+            is NaN, or all weights are zero.
 
     Bias and variance:
         Expectations under the draws are self-normalised, O(1/K).
@@ -109,19 +103,30 @@ def importance_samples(
 
     def run(key: Array) -> tuple:
         traces = trace_particle(program, key)
-        axes.update(latent_axes(traces[0], common_plates(program, *traces)))
+        axes.update(latent_axes(traces[0], common_plates(*traces, is_weighted=True)))
         return read_particle(program, *traces), latent_values(traces[0])
 
     particles, values = jax.vmap(run)(jax.random.split(particle_key, num_particles))
-    refuse_nan(particles.has_nan)
+    refuse_log_weights(particles)
     log_weights = particles.log_weights
+    log_evidence = iwae_bound(log_weights)
+    _refuse_no_weight(log_evidence, num_particles)
     shape = (num_samples, *log_weights.shape[1:])
     choice = jax.random.categorical(choice_key, log_weights, axis=0, shape=shape)
     return ImportanceSamples(
         samples={name: _choose(value, choice, axes[name]) for name, value in values.items()},
         effective_sample_size=effective_sample_size(log_weights),
-        log_evidence=iwae_bound(log_weights),
+        log_evidence=log_evidence,
     )
+
+
+def _refuse_no_weight(log_evidence: Array, num_particles: int) -> None:
+    """Raise where no particle can be drawn; values that are being traced pass."""
+    if not isinstance(log_evidence, jax.core.Tracer) and jnp.isneginf(log_evidence).any():
+        raise ValueError(
+            f"importance_samples needs a particle of positive weight, but for some of the data all "
+            f"{num_particles} have none. Widen the guide, or raise num_particles."
+        )
 
 
 def _choose(values: Array, choice: Array, axes: tuple[int, ...]) -> Array:

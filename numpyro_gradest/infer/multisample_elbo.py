@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from numpyro.infer import ELBO
 
 from numpyro_gradest.estimators import iwae_bound, linear_surrogate, normalized_weights
-from numpyro_gradest.infer._particles import Particles, Program, refuse_nan, run_particle
+from numpyro_gradest.infer._particles import Particles, refuse_log_weights, run_particle
+from numpyro_gradest.infer._trace import Program
 
 
 class MultiSampleELBO(ELBO, ABC):
@@ -132,12 +133,14 @@ class MultiSampleELBO(ELBO, ABC):
 
         keys = jax.random.split(main_key, self.num_particles * self.num_replicates)
         particles = self._run(program.detached() if self.chunk_size else program, keys)
-        refuse_nan(particles.has_nan)
+        refuse_log_weights(particles)
         log_weights = self._by_replicate(particles.log_weights)
         auxiliary = None
         if self.num_auxiliary:
             keys_s = jax.random.split(auxiliary_key, self.num_auxiliary * self.num_replicates)
-            auxiliary = self._by_replicate(self._run(program.detached(), keys_s).log_weights)
+            auxiliary_particles = self._run(program.detached(), keys_s)
+            refuse_log_weights(auxiliary_particles)
+            auxiliary = self._by_replicate(auxiliary_particles.log_weights)
 
         scale = particles.bound_scale / self.num_replicates
         weights = normalized_weights(log_weights).reshape(scale.shape)

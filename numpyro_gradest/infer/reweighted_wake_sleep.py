@@ -10,7 +10,8 @@ import jax
 from jaxtyping import Array, Float
 
 from numpyro_gradest.estimators import wake_phi_learning_signal
-from numpyro_gradest.infer._particles import Program, dream_log_q
+from numpyro_gradest.infer._dreams import dream_log_q
+from numpyro_gradest.infer._trace import Program
 from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
 
 

@@ -12,14 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_gradest.estimators import effective_sample_size, iwae_bound
-from pyro_gradest.infer._particles import (
-    common_plates,
-    concatenate,
-    latent_axes,
-    latent_values,
-    read_particles,
-    trace_particles,
-)
+from pyro_gradest.infer._particles import concatenate, read_particles, refuse_log_weights
+from pyro_gradest.infer._plates import common_plates
+from pyro_gradest.infer._trace import latent_axes, latent_values, trace_particles
 from pyro_gradest.infer.iwae import IWAE
 from pyro_gradest.infer.multisample_elbo import check_count, program_of
 
@@ -115,8 +110,11 @@ def importance_samples(
             traces = trace_particles(program, size)
             runs.append(read_particles(program, *traces, size))
             values.append(latent_values(traces[0], size))
-    log_weights = concatenate(runs).log_weights
+    particles = concatenate(runs)
+    log_weights = particles.log_weights
     log_evidence = iwae_bound(log_weights)
+    if not (log_evidence < math.inf).all():
+        refuse_log_weights(particles)
     if log_evidence.isneginf().any():
         raise ValueError(
             f"importance_samples needs a particle of positive weight, but for some of the data all "
@@ -124,7 +122,7 @@ def importance_samples(
         )
     categorical = torch.distributions.Categorical(logits=log_weights.movedim(0, -1))
     choice = categorical.sample((num_samples,))
-    axes = latent_axes(traces[0], common_plates(program, *traces))
+    axes = latent_axes(traces[0], common_plates(*traces, is_weighted=True))
     samples = {
         name: _choose(torch.cat([value[name] for value in values]), choice, axes[name])
         for name in axes

@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from pyro_gradest.estimators import iwae_bound, linear_surrogate, normalized_weights
 from pyro_gradest.infer._particles import (
     Particles,
-    Program,
     concatenate,
+    refuse_log_weights,
     run_particles,
-    trace_particles,
 )
+from pyro_gradest.infer._trace import Program, trace_particles
 
 
 class MultiSampleELBO(ELBO):
@@ -143,7 +143,7 @@ class MultiSampleELBO(ELBO):
                 program_of(self, model, guide, args, kwargs), self._num_runs, []
             )
             loss = -self._bound(particles).item()
-        _warn_of_no_weight(loss)
+        _check_loss(loss, particles)
         return loss
 
     def differentiable_loss(
@@ -163,9 +163,7 @@ class MultiSampleELBO(ELBO):
         Raises:
             ValueError: As :meth:`loss_and_grads`.
         """
-        loss = self._differentiable_loss(model, guide, args, kwargs)
-        _warn_of_no_weight(loss.item())
-        return loss
+        return self._loss_and_value(model, guide, args, kwargs)[0]
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Negative bound in nats; adds the gradient to the parameters' ``grad``.
@@ -185,9 +183,7 @@ class MultiSampleELBO(ELBO):
                 log-probability is NaN. All before any gradient is formed.
             NotImplementedError: If a guide site samples by rejection.
         """
-        loss = self._differentiable_loss(model, guide, args, kwargs)
-        value = loss.item()
-        _warn_of_no_weight(value)
+        loss, value = self._loss_and_value(model, guide, args, kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
         return value
@@ -195,19 +191,23 @@ class MultiSampleELBO(ELBO):
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
         return trace_particles(program_of(self, model, guide, args, kwargs), 1)
 
-    def _differentiable_loss(
+    def _loss_and_value(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict
-    ) -> Float[Tensor, ""]:
+    ) -> tuple[Float[Tensor, ""], float]:
         program = program_of(self, model, guide, args, kwargs)
         start = _rng_state()
         try:
-            return self._estimate(program)
+            loss, *runs = self._estimate(program)
         except _OtherRandomNumbers:
             # A first run that creates parameters draws their initial values too; now they exist.
             _set_rng_state(start)
-            return self._estimate(program._replace(subsamples={}))
+            loss, *runs = self._estimate(program._replace(subsamples={}))
+        value = loss.item()
+        _check_loss(value, *runs)
+        return loss, value
 
-    def _estimate(self, program: Program) -> Float[Tensor, ""]:
+    def _estimate(self, program: Program) -> tuple[Any, ...]:
+        """The loss, and the particles that it was made from."""
         chunks: list[_Chunk] = []
         if self.chunk_size is None:
             particles = run_particles(program, self._num_runs)
@@ -215,11 +215,12 @@ class MultiSampleELBO(ELBO):
             with torch.no_grad():
                 particles = self._weigh(program, self._num_runs, chunks)
         log_weights = self._by_replicate(particles.log_weights)
-        auxiliary = None
+        auxiliary, others = None, []
         if self.num_auxiliary:
             with torch.no_grad():
                 runs = self.num_auxiliary * self.num_replicates
-                auxiliary = self._by_replicate(self._weigh(program, runs, []).log_weights)
+                others.append(self._weigh(program, runs, []))
+                auxiliary = self._by_replicate(others[0].log_weights)
 
         scale = particles.bound_scale / self.num_replicates
         weights = scale * normalized_weights(log_weights).reshape(scale.shape)
@@ -241,7 +242,8 @@ class MultiSampleELBO(ELBO):
             )
         surrogate = surrogate + self._guide_surrogate(program)
         # The second term is exactly zero: it brings the gradient and leaves the value alone.
-        return -(self._bound(particles) + (surrogate - surrogate.detach()))
+        loss = -(self._bound(particles) + (surrogate - surrogate.detach()))
+        return loss, particles, *others
 
     def _weigh(self, program: Program, num_runs: int, chunks: list["_Chunk"]) -> Particles:
         """Run particles in chunks if so configured, and append to ``chunks`` how to repeat them."""
@@ -350,12 +352,15 @@ def _replayed(state: list[Tensor]) -> Iterator[None]:
         _set_rng_state(outside)
 
 
-def _warn_of_no_weight(loss: float) -> None:
+def _check_loss(loss: float, *runs: Particles) -> None:
+    """Refuse a loss that is no number; warn where no particle has any weight."""
+    if math.isnan(loss) or loss == -math.inf:
+        refuse_log_weights(*runs)
     if loss == math.inf:
         warnings.warn(
             "Every particle has zero weight for some of the data, so the bound is -inf; these data "
             "contribute no gradient. Widen the guide, or raise num_particles.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_gradest.estimators import wake_phi_learning_signal
-from pyro_gradest.infer._particles import Program, dream_log_q
+from pyro_gradest.infer._dreams import dream_log_q
+from pyro_gradest.infer._trace import Program
 from pyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
 
 

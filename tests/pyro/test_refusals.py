@@ -159,12 +159,12 @@ REFUSALS = {
         model, guide_with(proposal=lambda: Broken(loc(), 1.0)), "site 'z' is NaN"
     ),
     "pole-in-the-model": Refusal(
-        factor_model(torch.tensor(math.inf)), guide, r"\['likelihood'\] is infinite"
+        factor_model(torch.tensor(math.inf)), guide, "model site 'likelihood' is infinite"
     ),
     "draw-outside-of-the-guides-support": Refusal(
         model,
         guide_with(proposal=lambda: dist.Delta(loc(), log_density=torch.tensor(-math.inf))),
-        r"\['z'\] is infinite.*support",
+        "guide site 'z' is infinite.*support",
     ),
     "integer-log-probability": Refusal(
         factor_model(torch.tensor(3)),

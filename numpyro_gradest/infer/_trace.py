@@ -1,0 +1,147 @@
+"""Runs model and guide: the guide draws, the model follows."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array
+from numpyro import handlers
+from numpyro.primitives import Messenger
+from numpyro.util import check_model_guide_match
+
+from numpyro_gradest.infer._plates import CommonPlates, plate_dims
+from numpyro_gradest.infer._sites import Site, Trace, is_score_site, samples
+
+
+class Program(NamedTuple):
+    """What is run: a model and a guide, with their parameters and arguments."""
+
+    model: Callable
+    guide: Callable
+    params: dict[str, Any]
+    args: tuple
+    kwargs: dict[str, Any]
+    reparam: str
+    """``"pathwise"``, or ``"score"`` to take the score function at every random guide site."""
+    is_weighted: bool
+    """Whether particles are weighed against each other, so that log-weights must be whole."""
+
+    def with_plate_key(self, key: Array) -> "Program":
+        """Draw every plate's subsample from one key, so that all particles see the same data."""
+        seed = partial(
+            handlers.seed, rng_seed=key, hide_types=["sample", "prng_key", "control_flow"]
+        )
+        return self._replace(model=seed(self.model), guide=seed(self.guide))
+
+    def detached(self) -> "Program":
+        """The same program without gradient."""
+        return self._replace(params=jax.lax.stop_gradient(self.params))
+
+
+def trace_particle(program: Program, key: Array) -> tuple[Trace, Trace]:
+    """Trace the model and the guide; gradients stop at the values of score-function sites."""
+    model_key, guide_key = jax.random.split(key)
+    # Programs update mutable state in place: every run gets containers of its own.
+    params = jax.tree.map(lambda leaf: leaf, program.params)
+    guide = handlers.substitute(handlers.seed(program.guide, guide_key), data=params)
+    with _DetachScoreSites(program.reparam):
+        guide_trace = handlers.trace(guide).get_trace(*program.args, **program.kwargs)
+    # Substituted, not replayed: the host's replay does not reach sites inside of cond.
+    data = params | _drawn(guide_trace) | mutable_state_of(guide_trace)
+    model = handlers.substitute(handlers.seed(program.model, model_key), data=data)
+    model_trace = handlers.trace(model).get_trace(*program.args, **program.kwargs)
+    _check_match(model_trace, guide_trace)
+    return model_trace, guide_trace
+
+
+def latent_values(model_trace: Trace) -> dict[str, Array]:
+    """Values of the model's latent sites."""
+    return {name: site["value"] for name, site in samples(model_trace) if not site["is_observed"]}
+
+
+def latent_axes(model_trace: Trace, plates: CommonPlates) -> dict[str, tuple[int, ...]]:
+    """For each latent site, the (negative) axes of its value that are the common plates."""
+    axes = {}
+    for name, site in samples(model_trace):
+        if not site["is_observed"]:
+            dims, event_dim = plate_dims(site), site["fn"].event_dim
+            axes[name] = tuple(dims[plate] - event_dim for plate in plates.names)
+    return axes
+
+
+class _DetachScoreSites(Messenger):
+    """Stops gradients at the values of the guide's score-function sites."""
+
+    def __init__(self, reparam: str) -> None:
+        super().__init__()
+        self.reparam = reparam
+
+    def process_message(self, msg: Site) -> None:
+        if msg["type"] == "control_flow":
+            # A handler sees the sites of scan and cond only when these have run; by then the
+            # values have gone into what follows them inside.
+            msg["kwargs"]["substitute_stack"].append(("substitute", self._detached_value))
+
+    def postprocess_message(self, msg: Site) -> None:
+        if msg["type"] == "sample" and is_score_site(msg, self.reparam):
+            msg["value"] = jax.lax.stop_gradient(msg["value"])
+            # A log_prob computed from cached intermediates would bring the gradient back.
+            msg["intermediates"] = []
+
+    def _detached_value(self, site: Site) -> Array | None:
+        if site["type"] != "sample" or not is_score_site(site, self.reparam):
+            return None
+        value = site["value"]
+        if value is None:
+            value = site["fn"](*site["args"], **site["kwargs"])
+        return jax.lax.stop_gradient(value)
+
+
+def _check_match(model_trace: Trace, guide_trace: Trace) -> None:
+    """Every latent of the model is in the guide, and the reverse; none is enumerated."""
+    in_model = {name: site for name, site in samples(model_trace) if not site["is_observed"]}
+    in_guide = {name: site for name, site in samples(guide_trace) if not site["is_observed"]}
+    for name, site in (in_model | in_guide).items():
+        if site["infer"].get("enumerate"):
+            raise ValueError(
+                f"Site {name!r} is configured for enumeration, which a multi-sample objective does "
+                'not do. Remove infer={"enumerate": ...} so that the guide samples it, or use '
+                "TraceEnum_ELBO."
+            )
+    for name in in_model:
+        if name not in in_guide:
+            raise ValueError(
+                f"Model site {name!r} is neither observed nor sampled in the guide (which samples "
+                f"{sorted(in_guide) or 'nothing'}). Sample {name!r} in the guide, or observe it."
+            )
+    for name, site in in_guide.items():
+        if name not in in_model and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"Guide site {name!r} is not a latent site of the model (which has "
+                f"{sorted(in_model) or 'none'}). Add it to the model, remove it, or mark it "
+                'infer={"is_auxiliary": True} if it is a helper of the guide.'
+            )
+    for name, plate in guide_trace.items():
+        if plate["type"] == "plate" and name in model_trace:
+            size, size_in_model = plate["args"][0], model_trace[name]["args"][0]
+            if size != size_in_model:
+                raise ValueError(
+                    f"Plate {name!r} has size {size_in_model} in the model but {size} in the "
+                    "guide. Give it the same size in both."
+                )
+    check_model_guide_match(model_trace, guide_trace)
+
+
+def _drawn(guide_trace: Trace) -> dict[str, Array]:
+    """What the model takes over from the guide: its draws, and its plates' subsamples."""
+    draws = {name: site["value"] for name, site in samples(guide_trace) if not site["is_observed"]}
+    return draws | of_type(guide_trace, "plate")
+
+
+def mutable_state_of(trace: Trace) -> dict[str, Any]:
+    return of_type(trace, "mutable")
+
+
+def of_type(trace: Trace, type_: str) -> dict[str, Any]:
+    return {name: site["value"] for name, site in trace.items() if site["type"] == type_}

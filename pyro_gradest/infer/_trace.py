@@ -1,0 +1,188 @@
+"""Runs model and guide: the guide draws, the model follows."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+from pyro import poutine
+from pyro.distributions.util import is_identically_zero
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_site_shape
+from torch import Tensor
+
+from pyro_gradest.infer._plates import PARTICLE_PLATE, CommonPlates, plate_dims
+from pyro_gradest.infer._sites import (
+    Site,
+    Trace,
+    is_score_site,
+    is_subsample,
+    samples,
+)
+
+
+class Program(NamedTuple):
+    """What is run: a model and a guide with their arguments."""
+
+    model: Callable
+    guide: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+    reparam: str
+    """``"pathwise"``, or ``"score"`` to take the score function at every random guide site."""
+    is_weighted: bool
+    """Whether particles are weighed against each other, so that log-weights must be whole."""
+    vectorize_particles: bool
+    max_plate_nesting: float
+    """Number of plate dims of model and guide, that of the particles not counted."""
+    refuse_enumeration: bool
+    subsamples: dict[str, Tensor]
+    """Subsample indices by plate, drawn once so that all particles see the same data."""
+
+
+def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]:
+    """Trace the model and the guide; gradients stop at the values of score-function sites."""
+    nesting = program.max_plate_nesting
+    model, guide = program.model, program.guide
+    if num_particles > 1:
+        nesting += 1
+        model, guide = (in_particle_plate(fn, num_particles, nesting) for fn in (model, guide))
+    args, kwargs = program.args, program.kwargs
+
+    with ShareSubsamples(program.subsamples):
+        messenger = poutine.unwrap(guide)
+        if isinstance(messenger, GuideMessenger):
+            # It runs the model itself, with its own draws.
+            with _DetachScoreSites(program.reparam):
+                guide(*args, **kwargs)
+            model_trace, guide_trace = messenger.get_traces()
+        else:
+            with _DetachScoreSites(program.reparam):
+                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
+                *args, **kwargs
+            )
+
+    _check_match(program, model_trace, guide_trace)
+    if is_validation_enabled():
+        check_model_guide_match(model_trace, guide_trace, nesting)
+    model_trace, guide_trace = map(prune_subsample_sites, (model_trace, guide_trace))
+    model_trace.compute_log_prob()
+    if program.reparam == "score":
+        guide_trace.compute_log_prob()
+    else:
+        guide_trace.compute_score_parts()
+        _refuse_rejection(guide_trace)
+    if is_validation_enabled():
+        for _, site in samples(model_trace) + samples(guide_trace):
+            check_site_shape(site, nesting)  # type: ignore[arg-type]  # may be inf
+    return model_trace, guide_trace
+
+
+def latent_values(model_trace: Trace, num_particles: int) -> dict[str, Tensor]:
+    """Values of the model's latent sites, ``[num_particles, *site shape]``."""
+    values = {}
+    for name, site in samples(model_trace):
+        if site["is_observed"]:
+            continue
+        shape = site["value"].shape
+        if num_particles > 1:
+            # The particle plate lies left of all others: drop the empty dims in between.
+            dims = [dim for plate, dim in plate_dims(site).items() if plate != PARTICLE_PLATE]
+            depth = max((-dim for dim in dims), default=0) + site["fn"].event_dim
+            shape = shape[1:]
+            while len(shape) > depth and shape[0] == 1:
+                shape = shape[1:]
+        values[name] = site["value"].reshape(num_particles, *shape)
+    return values
+
+
+def latent_axes(model_trace: Trace, plates: CommonPlates) -> dict[str, tuple[int, ...]]:
+    """For each latent site, the (negative) axes of its value that are the common plates."""
+    if plates.sequential:
+        raise NotImplementedError(
+            f"Resampling inside sequential plates is not implemented, got {plates.sequential}. "
+            "Write them as vectorised plates: with pyro.plate(...)."
+        )
+    names = [name for name in plates.names if name != PARTICLE_PLATE]
+    axes = {}
+    for name, site in samples(model_trace):
+        if not site["is_observed"]:
+            dims, event_dim = plate_dims(site), site["fn"].event_dim
+            axes[name] = tuple(dims[plate] - event_dim for plate in names)
+    return axes
+
+
+def in_particle_plate(fn: Callable, num_particles: int, nesting: float) -> Callable:
+    return pyro.plate(PARTICLE_PLATE, num_particles, dim=-int(nesting))(fn)
+
+
+class ShareSubsamples(Messenger):
+    """Gives a plate the subsample it had before, if any, and remembers it."""
+
+    def __init__(self, subsamples: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.subsamples = subsamples
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if is_subsample(msg) and msg["value"] is None and msg["name"] in self.subsamples:
+            msg["value"] = self.subsamples[msg["name"]]
+            msg["done"] = True
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if is_subsample(msg):
+            self.subsamples[msg["name"]] = msg["value"]
+
+
+class _DetachScoreSites(Messenger):
+    """Stops gradients at the values of the guide's score-function sites."""
+
+    def __init__(self, reparam: str) -> None:
+        super().__init__()
+        self.reparam = reparam
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if not is_subsample(msg) and is_score_site(msg, self.reparam):
+            # A new tensor, also where the value has no gradient: transforms remember what they
+            # made it of, and by that their parameters would drop out of its log-probability.
+            msg["value"] = msg["value"].detach()
+
+
+def _check_match(program: Program, model_trace: Trace, guide_trace: Trace) -> None:
+    """Every latent of the model is in the guide, and the reverse; none is enumerated."""
+    in_model = {name: site for name, site in samples(model_trace) if not site["is_observed"]}
+    in_guide = {name: site for name, site in samples(guide_trace) if not site["is_observed"]}
+    for name, site in (in_model | in_guide).items():
+        is_sampled = name in in_guide and not program.refuse_enumeration
+        if site["infer"].get("enumerate") and not is_sampled:
+            raise ValueError(
+                f"Site {name!r} is configured for enumeration, which a multi-sample objective does "
+                'not do. Remove infer={"enumerate": ...} so that the guide samples it, or use '
+                "TraceEnum_ELBO."
+            )
+    for name in in_model:
+        if name not in in_guide:
+            raise ValueError(
+                f"Model site {name!r} is neither observed nor sampled in the guide (which samples "
+                f"{sorted(in_guide) or 'nothing'}). Sample {name!r} in the guide, or observe it."
+            )
+    for name, site in in_guide.items():
+        if name not in in_model and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"Guide site {name!r} is not a latent site of the model (which has "
+                f"{sorted(in_model) or 'none'}). Add it to the model, remove it, or mark it "
+                'infer={"is_auxiliary": True} if it is a helper of the guide.'
+            )
+
+
+def _refuse_rejection(guide_trace: Trace) -> None:
+    for name, site in samples(guide_trace):
+        _, score_function, entropy_term = site["score_parts"]
+        if not (is_identically_zero(score_function) or is_identically_zero(entropy_term)):
+            raise NotImplementedError(
+                f"Guide site {name!r} ({type(site['fn']).__name__}) samples by rejection: its "
+                "gradient has a score part and a path part. Use a distribution that is fully "
+                'reparameterised, or reparam="score".'
+            )
