@@ -1,0 +1,169 @@
+"""Autoguides: joint ones have one weight, and no bound exceeds the evidence."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import optax
+import pytest
+from jax import random
+from numpyro import handlers, param, plate, sample
+from numpyro.infer import SVI, autoguide
+
+from numpyro_gradest import IWAE, OVIS, VIMCO, importance_samples
+from tests.conformance.backends import QUICK_TO_COMPILE
+
+X = jnp.array([0.9, -0.4, 0.1, 1.7])
+quickly = partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+
+
+def local():
+    """One latent for each datum; it is constrained."""
+    with plate("data", 4):
+        z = sample("z", dist.LogNormal(0.0, 1.0))
+        sample("x", dist.Normal(jnp.log(z), 1.0), obs=X)
+
+
+EVIDENCE = dist.Normal(0.0, math.sqrt(2)).log_prob(X).sum()
+
+
+def local_and_global():
+    g = sample("g", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with plate("data", 4):
+        z = sample("z", dist.Normal(g.sum(-1), 1.0))
+        sample("x", dist.Normal(z, 1.0), obs=X)
+
+
+def guide_list(model):
+    guide = autoguide.AutoGuideList(model)
+    guide.append(autoguide.AutoNormal(model))
+    return guide
+
+
+ELEMENTWISE = {"AutoNormal": autoguide.AutoNormal, "AutoGuideList": guide_list}
+# Of the normal family, which holds the posterior of either model.
+JOINT_NORMAL = {
+    "AutoDiagonalNormal": autoguide.AutoDiagonalNormal,
+    "AutoMultivariateNormal": autoguide.AutoMultivariateNormal,
+    "AutoLowRankMultivariateNormal": autoguide.AutoLowRankMultivariateNormal,
+    "AutoBatchedMultivariateNormal": autoguide.AutoBatchedMultivariateNormal,
+}
+JOINT = JOINT_NORMAL | {
+    "AutoIAFNormal": partial(autoguide.AutoIAFNormal, num_flows=1),
+    "AutoBNAFNormal": partial(autoguide.AutoBNAFNormal, num_flows=1),
+    "AutoDAIS": partial(autoguide.AutoDAIS, K=2),
+}
+
+
+def initial(guide, model, objective=None):
+    """SVI and its first state."""
+    schedule = optax.cosine_decay_schedule(0.1, 400)
+    svi = SVI(model, guide, optax.adam(schedule), loss=objective or IWAE(1))
+    return svi, svi.init(random.key(0))
+
+
+def number_of_weights(guide, model):
+    svi, state = initial(guide, model)
+    params = svi.get_params(state)
+    return importance_samples(
+        random.key(1), model, guide, params, num_particles=3
+    ).log_evidence.size
+
+
+@pytest.mark.parametrize("build", ELEMENTWISE.values(), ids=ELEMENTWISE)
+def test_guides_with_a_site_in_the_plate_have_weights_per_datum(build):
+    assert number_of_weights(build(local), local) == 4
+
+
+@pytest.mark.parametrize("build", JOINT.values(), ids=JOINT)
+def test_joint_guides_have_one_weight(build):
+    assert number_of_weights(build(local), local) == 1
+
+
+GENERAL = {name: guide for name, guide in (ELEMENTWISE | JOINT).items() if "Batched" not in name}
+
+
+@pytest.mark.parametrize("build", GENERAL.values(), ids=GENERAL)
+def test_global_and_local_latents_share_one_weight(build):
+    assert number_of_weights(build(local_and_global), local_and_global) == 1
+
+
+@pytest.mark.parametrize("build", (ELEMENTWISE | JOINT).values(), ids=ELEMENTWISE | JOINT)
+def test_the_bound_stays_below_the_evidence(build):
+    svi, state = initial(build(local), local, IWAE(3, num_replicates=300))
+    bounds = -quickly(jax.vmap(lambda key: svi.evaluate(state._replace(rng_key=key))))(
+        random.split(random.key(2), 12)
+    )
+    standard_error = bounds.std() / math.sqrt(len(bounds))
+    assert bounds.mean() < EVIDENCE + 4.5 * standard_error
+    # A joint guide counted once per datum exceeds the evidence by nats.
+    assert standard_error < 0.5, "uninformative"
+
+
+@pytest.mark.parametrize(
+    "build", (ELEMENTWISE | JOINT_NORMAL).values(), ids=ELEMENTWISE | JOINT_NORMAL
+)
+def test_the_bound_of_a_guide_that_holds_the_posterior_is_the_evidence(build):
+    """Trained, every weight is the evidence: a gradient gone wrong would stop short of that."""
+    svi, state = initial(build(local), local, VIMCO(3, num_replicates=10))
+
+    @quickly
+    def train(state):
+        return jax.lax.scan(lambda state, _: svi.update(state), state, length=400)[0]
+
+    state = train(state)
+    losses = [quickly(svi.evaluate)(state._replace(rng_key=random.key(i))) for i in range(3)]
+    np.testing.assert_allclose(losses, -EVIDENCE, atol=0.1)
+
+
+def test_a_point_mass_is_fitted_to_the_mode():
+    """An AutoDelta's objective is no bound; with any number of particles it is log p at a point."""
+    guide = autoguide.AutoDelta(local)
+    svi, state = initial(guide, local, IWAE(2))
+    params = svi.get_params(state)
+    z = params["z_auto_loc"]
+    log_p = dist.LogNormal(0.0, 1.0).log_prob(z) + dist.Normal(jnp.log(z), 1.0).log_prob(X)
+    np.testing.assert_allclose(svi.evaluate(state), -log_p.sum(), rtol=1e-9)
+
+
+def test_discrete_latents_beside_an_autoguide():
+    def model():
+        with plate("data", 4):
+            b = sample("b", dist.Bernoulli(0.4))
+            z = sample("z", dist.Normal(2.0 * b, 1.0))
+            sample("x", dist.Normal(z, 1.0), obs=X)
+
+    continuous = autoguide.AutoNormal(handlers.block(model, hide=["b"]))
+
+    def guide():
+        logits = param("logits", jnp.linspace(-1.0, 1.0, 4))
+        with plate("data", 4):
+            sample("b", dist.Bernoulli(logits=logits))
+        continuous()
+
+    svi, state = initial(guide, model, OVIS(3))
+    before = svi.get_params(state)
+    after = svi.get_params(quickly(svi.update)(state)[0])
+    assert abs(after["logits"] - before["logits"]).min() > 0
+    assert np.isfinite(svi.evaluate(state))
+
+
+def test_autoguides_that_subsample_with_the_model():
+    def create_plates():
+        return plate("data", 4, subsample_size=2)
+
+    def model():
+        with create_plates() as rows:
+            z = sample("z", dist.Normal(0.0, 1.0))
+            sample("x", dist.Normal(z, 1.0), obs=X[rows])
+
+    guide = autoguide.AutoNormal(model, create_plates=create_plates)
+    svi, state = initial(guide, model, IWAE(3))
+    params = svi.get_params(state)
+    draws = importance_samples(random.key(1), model, guide, params, num_particles=3)
+    assert draws.log_evidence.shape == (2,)
+    result = svi.run(random.key(0), 5, progress_bar=False)
+    assert np.isfinite(result.losses).all()
