@@ -13,6 +13,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from pyro_gradest.infer._implicit import Parents, take_implicit_sites
 from pyro_gradest.infer._plates import PARTICLE_PLATE, CommonPlates, plate_dims
 from pyro_gradest.infer._sites import (
     Site,
@@ -40,6 +41,8 @@ class Program(NamedTuple):
     refuse_enumeration: bool
     subsamples: dict[str, Tensor]
     """Subsample indices by plate, drawn once so that all particles see the same data."""
+    parents: Parents | None = None
+    """What implicit sites are computed from; ``None`` where they are not dealt with."""
 
 
 def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]:
@@ -66,6 +69,8 @@ def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]
             )
 
     _check_match(program, model_trace, guide_trace)
+    if program.parents is not None:
+        take_implicit_sites(model_trace, guide_trace, program.parents)
     if is_validation_enabled():
         check_model_guide_match(model_trace, guide_trace, nesting)
     model_trace, guide_trace = map(prune_subsample_sites, (model_trace, guide_trace))
