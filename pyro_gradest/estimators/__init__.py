@@ -12,16 +12,38 @@ from pyro_gradest.estimators.multisample import (
     vimco_learning_signal,
     wake_phi_learning_signal,
 )
+from pyro_gradest.estimators.score import (
+    IMQ,
+    RBF,
+    CurlFree,
+    SteinFit,
+    Whitening,
+    entropy_surrogate,
+    fit_stein,
+    fit_whitening,
+    median_bandwidth,
+    stein_score,
+)
 
 __all__ = [
+    "IMQ",
+    "RBF",
+    "CurlFree",
+    "SteinFit",
+    "Whitening",
     "effective_sample_size",
+    "entropy_surrogate",
+    "fit_stein",
+    "fit_whitening",
     "iwae_bound",
     "linear_surrogate",
+    "median_bandwidth",
     "normalized_weights",
     "ovis_gamma_learning_signal",
     "ovis_mc_learning_signal",
     "reinforce_learning_signal",
     "renyi_bound",
+    "stein_score",
     "vimco_learning_signal",
     "wake_phi_learning_signal",
 ]

@@ -4,7 +4,8 @@ Test-only and as thin as it can be: the packages themselves share nothing.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -82,6 +83,32 @@ class PyroBackend:
             function(*arguments)
         return max(sizes)
 
+    def operations(self, function: Callable[..., Any], *arguments: Any) -> list[str]:
+        """Names of the operations that ``function`` runs, loops of Python unrolled."""
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        names: list[str] = []
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                names.append(func.__name__)
+                return func(*args, **(kwargs or {}))
+
+        with Recorder():
+            function(*arguments)
+        return names
+
+    def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self._torch.func.vmap(function)
+
+    def compiled(self, function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+        """``function``, traced at ``arguments``; of tensors, and returning one."""
+        with warnings.catch_warnings():
+            # Pyro's jit objectives still trace with it, and drop its warnings about shapes too.
+            warnings.filterwarnings("ignore", ".*torch.jit.trace.* is deprecated")
+            warnings.simplefilter("ignore", self._torch.jit.TracerWarning)
+            return self._torch.jit.trace(function, arguments)
+
 
 class NumPyroBackend:
     """JAX arrays, numpyro_gradest."""
@@ -133,17 +160,36 @@ class NumPyroBackend:
         """Elements of the largest array that any operation inside ``function`` returns."""
         return _largest_in(self._jax.make_jaxpr(function)(*arguments).jaxpr)
 
+    def operations(self, function: Callable[..., Any], *arguments: Any) -> list[str]:
+        """Names of the operations in the program of ``function``; the body of a loop once."""
+        return _operations_in(self._jax.make_jaxpr(function)(*arguments).jaxpr)
 
-def _largest_in(jaxpr: Any) -> int:
-    sizes = [0]
+    def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self._jax.vmap(function)
+
+    def compiled(self, function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+        """``function``, compiled at first use."""
+        return self._jax.jit(function, compiler_options=QUICK_TO_COMPILE)
+
+
+def _equations_in(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a jaxpr and of the bodies of its nested jits, conds and loops."""
     for equation in jaxpr.eqns:
-        sizes.extend(variable.aval.size for variable in equation.outvars)
+        yield equation
         for parameter in equation.params.values():
             nested: Sequence[Any] = parameter if isinstance(parameter, tuple) else (parameter,)
             for item in nested:
-                if hasattr(item, "jaxpr"):  # the body of a nested jit, cond or loop
-                    sizes.append(_largest_in(item.jaxpr))
-    return max(sizes)
+                if hasattr(item, "jaxpr"):
+                    yield from _equations_in(item.jaxpr)
+
+
+def _largest_in(jaxpr: Any) -> int:
+    sizes = (variable.aval.size for one in _equations_in(jaxpr) for variable in one.outvars)
+    return max(sizes, default=0)
+
+
+def _operations_in(jaxpr: Any) -> list[str]:
+    return [equation.primitive.name for equation in _equations_in(jaxpr)]
 
 
 Backend = PyroBackend | NumPyroBackend

@@ -1,0 +1,103 @@
+"""Checks of what arrives at a score estimator, once, at the public function.
+
+Shapes, dtypes and Python numbers are always checked; values only where that is possible, which is
+not so while a function is being traced or mapped.
+"""
+
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# In float32 rounding alone moves the small eigenvalues of a Gram matrix by about this much.
+SMALLEST_RIDGE_IN_FLOAT32 = 1e-3
+
+
+def as_samples(samples: Any, *, caller: str) -> Float[Array, " *batch N D"]:
+    """Return ``samples`` as a detached floating-point array of N >= 2 finite samples."""
+    samples = jnp.asarray(samples)
+    if samples.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(
+            f"{caller} needs samples of dtype float32 or float64, got {samples.dtype}: factorising "
+            "a kernel matrix takes more digits than that. Cast with samples.astype(jnp.float32)."
+        )
+    shape = samples.shape
+    if samples.ndim < 2:
+        raise ValueError(
+            f"{caller} needs samples of shape [*batch, N, D], got {shape}. "
+            "For N samples of a scalar pass samples[:, None]."
+        )
+    num_samples, dim = shape[-2:]
+    if num_samples < 2:
+        raise ValueError(
+            f"{caller} compares samples with each other and needs 2 or more, got {num_samples} in "
+            f"samples of shape {shape}. Samples are counted along the last axis but one; draw at "
+            "least 5 D of them."
+        )
+    if dim < 1:
+        raise ValueError(f"{caller} needs samples of one dimension or more, got shape {shape}.")
+    if num_samples < dim:
+        warnings.warn(
+            f"{caller} got {num_samples} samples in {dim} dimensions (shape {shape}): they do not "
+            f"span the space, so the score is shrunk in every direction. Use K >= 5 D, that is "
+            f"{5 * dim} samples or more.",
+            stacklevel=3,
+        )
+    samples = jax.lax.stop_gradient(samples)
+    if not is_false(jnp.all(jnp.isfinite(samples))):
+        return samples
+    wrong = int(jnp.sum(~jnp.isfinite(samples)))
+    raise ValueError(
+        f"{caller} needs finite samples, got {wrong} entries of nan or inf among {samples.size} "
+        f"(shape {shape}). Find what produced them: often a diverged network or too large a "
+        "learning rate."
+    )
+
+
+def as_points(
+    points: Any, samples: Float[Array, " *batch N D"], *, caller: str
+) -> Float[Array, " *batch P D"]:
+    """Return ``points`` detached, having checked that they go with the samples of a fit."""
+    points = jnp.asarray(points)
+    if points.dtype != samples.dtype:
+        raise TypeError(
+            f"{caller} needs points of the dtype of the samples it was fitted to, "
+            f"{samples.dtype}, got {points.dtype}."
+        )
+    if (
+        points.ndim != samples.ndim
+        or points.shape[-1] != samples.shape[-1]
+        or points.shape[:-2] != samples.shape[:-2]
+    ):
+        wanted = [*map(str, samples.shape[:-2]), "P", str(samples.shape[-1])]
+        raise ValueError(
+            f"{caller} needs points of shape [{', '.join(wanted)}] to go with the samples it was "
+            f"fitted to, got {points.shape}. A single point is points[None]."
+        )
+    return jax.lax.stop_gradient(points)
+
+
+def check_ridge(ridge: Any, dtype: jnp.dtype, *, caller: str) -> None:
+    """Refuse a ridge that is not a number >= 0, or that float32 cannot carry."""
+    if not isinstance(ridge, (int, float)) or not math.isfinite(ridge) or ridge < 0:
+        raise ValueError(f"{caller} needs a finite ridge >= 0, got {ridge!r}. Try ridge=0.01.")
+    if dtype == jnp.float32 and ridge < SMALLEST_RIDGE_IN_FLOAT32:
+        raise ValueError(
+            f"{caller} needs ridge >= {SMALLEST_RIDGE_IN_FLOAT32} in float32, got {ridge}: below "
+            "that the rounding of the kernel matrix is divided by nearly nothing. Use ridge=0.01, "
+            "or cast the samples to float64."
+        )
+
+
+def check_count(number: Any, name: str, *, caller: str) -> None:
+    """Refuse what is not an integer of 1 or more."""
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{caller} needs {name} as an integer >= 1, got {number!r}.")
+
+
+def is_false(condition: Array) -> bool:
+    """Whether a condition is known to be false: not while it is traced, compiled or mapped."""
+    return not isinstance(condition, jax.core.Tracer) and not bool(condition)

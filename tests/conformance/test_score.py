@@ -1,0 +1,479 @@
+"""Score estimators against the NumPy oracle, at the samples and at other points."""
+
+import numpy as np
+import pytest
+
+from tests.oracles import score as oracle
+
+# name -> (estimate at the samples, fit, oracle)
+ESTIMATORS = {
+    "stein": ("stein_score", "fit_stein", "stein"),
+}
+OPTIONS = {
+    "stein": [{}, {"ridge": 0.3}],
+}
+CASES = [
+    pytest.param(name, options, id="-".join([name, *(f"{k}={v}" for k, v in options.items())]))
+    for name in ESTIMATORS
+    for options in OPTIONS[name]
+]
+
+
+def normal(rng, shape):
+    return rng.normal(size=shape)
+
+
+def correlated(rng, shape):
+    """Scales from 1 to 100 and strong correlation."""
+    dim = shape[-1]
+    mixing = np.diag(np.logspace(0, 2, dim)) @ (0.1 * np.eye(dim) + np.ones((dim, dim)))
+    return rng.normal(size=shape) @ mixing.T
+
+
+def offset(rng, shape):
+    return 100.0 + rng.normal(size=shape)
+
+
+def two_clusters(rng, shape):
+    return rng.normal(size=shape) + 6.0 * (np.arange(shape[-2]) % 2)[:, None]
+
+
+def tied(rng, shape):
+    """Samples that coincide in pairs, the last with the first if their number is odd."""
+    half = rng.normal(size=(*shape[:-2], shape[-2] // 2, shape[-1]))
+    return np.concatenate([half, half, half[..., :1, :]], axis=-2)[..., : shape[-2], :]
+
+
+every_kind = pytest.mark.parametrize(
+    "make", [normal, correlated, offset, two_clusters, tied], ids=lambda make: make.__name__
+)
+every_shape = pytest.mark.parametrize(
+    "shape", [(2, 1), (9, 3), (2, 2, 6, 2)], ids=lambda shape: "x".join(map(str, shape))
+)
+every_kernel = pytest.mark.parametrize("kernel", ["RBF", "IMQ"])
+
+
+def assert_matches(actual, desired, tolerance=1e-8):
+    """To the tolerance, relative to the largest entry."""
+    largest = np.abs(desired).max(initial=np.finfo(float).tiny)
+    np.testing.assert_allclose(actual / largest, desired / largest, rtol=0, atol=tolerance)
+
+
+def kernel_of(backend, name, bandwidth=None):
+    return getattr(backend.estimators, name)(bandwidth)
+
+
+# Kernels
+
+
+@every_kernel
+@pytest.mark.parametrize("what", ["gradient", "hessian", "gradient_of_laplacian"])
+def test_oracle_differentiates_its_kernels(kernel, what):
+    kernel, step = oracle.Kernel(kernel, 1.3), 1e-5
+    x, y = np.random.default_rng(0).normal(size=(2, 3))
+    differentiated = {
+        "gradient": kernel.value,
+        "hessian": kernel.gradient,
+        "gradient_of_laplacian": lambda x, y: np.trace(kernel.hessian(x, y)),
+    }[what]
+
+    numerical = [
+        (differentiated(x + step * e, y) - differentiated(x - step * e, y)) / (2 * step)
+        for e in np.eye(3)
+    ]
+
+    np.testing.assert_allclose(getattr(kernel, what)(x, y), numerical, atol=1e-8)
+
+
+@every_kernel
+def test_kernel_value(backend, kernel):
+    points, samples = np.random.default_rng(0).normal(size=(2, 5, 3))
+    squared = np.array([[np.sum((x - y) ** 2) for y in samples] for x in points])
+
+    actual = kernel_of(backend, kernel, 0.7).derivative(backend.array(squared))
+
+    of_oracle = oracle.Kernel(kernel, 0.7)
+    assert_matches(
+        backend.numpy(actual), np.array([[of_oracle.value(x, y) for y in samples] for x in points])
+    )
+
+
+@every_kernel
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_kernel_derivatives_follow_from_each_other(backend, kernel, order):
+    kernel = kernel_of(backend, kernel, 0.7)
+    squared = np.random.default_rng(0).uniform(0, 4, size=(3, 5))
+
+    (gradient,) = backend.gradients(lambda s: kernel.derivative(s, order), squared)
+
+    assert_matches(backend.numpy(kernel.derivative(backend.array(squared), order + 1)), gradient)
+
+
+@every_kernel
+def test_curl_free_kernel_without_its_blocks(backend, kernel):
+    rng = np.random.default_rng(0)
+    points, samples, coefficients = (rng.normal(size=(n, 3)) for n in (4, 5, 5))
+    curl_free = backend.estimators.CurlFree(kernel_of(backend, kernel, 1.3))
+    arrays = backend.array(points), backend.array(samples)
+
+    applied = curl_free.operator(*arrays)(backend.array(coefficients))
+    divergence = curl_free.divergence(*arrays)
+
+    of_oracle = oracle.Kernel(kernel, 1.3)
+    pairs = list(zip(samples, coefficients, strict=True))
+    assert_matches(
+        backend.numpy(applied),
+        np.array([sum(of_oracle.curl_free(x, y) @ c for y, c in pairs) for x in points]),
+    )
+    assert_matches(
+        backend.numpy(divergence),
+        np.array([sum(of_oracle.divergence(x, y) for y in samples) for x in points]),
+    )
+    np.testing.assert_allclose(of_oracle.curl_free(samples[0], samples[0]), np.eye(3), atol=1e-12)
+
+
+def test_a_kernel_without_a_bandwidth_cannot_be_evaluated(backend):
+    with pytest.raises(ValueError, match="needs a bandwidth"):
+        backend.estimators.RBF().derivative(backend.array(np.ones((2, 2))))
+
+
+# Bandwidth and whitening
+
+
+@every_shape
+@every_kind
+def test_median_bandwidth(backend, make, shape):
+    samples = make(np.random.default_rng(0), shape)
+
+    actual = backend.numpy(backend.estimators.median_bandwidth(backend.array(samples)))
+
+    desired = oracle.per_batch_element(oracle.median_bandwidth, samples)
+    if make is tied and shape[-2] == 2:
+        desired = np.ones_like(desired)  # both samples coincide
+    assert_matches(actual, desired)
+
+
+def test_bandwidth_where_most_samples_coincide(backend):
+    samples = np.zeros((20, 2))
+    samples[-1] = 1.0
+
+    actual = backend.numpy(backend.estimators.median_bandwidth(backend.array(samples)))
+
+    # 19 of 190 distances are sqrt(2), the others zero.
+    assert_matches(actual, np.array(1e-3 * np.sqrt(0.1 * 2)))
+
+
+@every_kind
+def test_whitening(backend, make):
+    samples = make(np.random.default_rng(0), (2, 30, 3))
+    whitening = backend.estimators.fit_whitening(backend.array(samples))
+
+    whitened = backend.numpy(whitening.points(backend.array(samples)))
+
+    for of_element, mean, factor, u in zip(
+        samples,
+        backend.numpy(whitening.mean),
+        backend.numpy(whitening.factor),
+        whitened,
+        strict=True,
+    ):
+        desired_mean, desired_factor = oracle.whitening(of_element)
+        assert_matches(mean, desired_mean, 1e-12)
+        assert_matches(factor, desired_factor)
+        np.testing.assert_allclose(u.mean(axis=0), 0, atol=1e-10)
+        # The regularisation is 1.5e-8 of the average variance, here up to 1e4 times the smallest.
+        np.testing.assert_allclose(u.T @ u / 30, np.eye(3), atol=1e-5)
+
+
+def test_whitening_turns_gradients_back(backend):
+    rng = np.random.default_rng(0)
+    samples, points, linear = rng.normal(size=(30, 3)), rng.normal(size=(4, 3)), rng.normal(size=3)
+    whitening = backend.estimators.fit_whitening(backend.array(samples))
+
+    (gradient,) = backend.gradients(
+        lambda x: (whitening.points(x) * backend.array(linear)).sum(), points
+    )
+    actual = whitening.score(backend.array(np.broadcast_to(linear, points.shape)))
+
+    assert_matches(backend.numpy(actual), gradient)
+
+
+# Estimates
+
+
+def is_degenerate(make, shape):
+    return make is tied and shape[-2] == 2
+
+
+@pytest.mark.usefixtures("strict_promotion")
+@every_shape
+@every_kind
+@every_kernel
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_score_at_the_samples(backend, name, options, kernel, make, shape):
+    function, _, reference = ESTIMATORS[name]
+    samples = make(np.random.default_rng(0), shape)
+
+    actual = getattr(backend.estimators, function)(
+        backend.array(samples), kernel=kernel_of(backend, kernel), **options
+    )
+
+    if is_degenerate(make, shape):
+        np.testing.assert_array_equal(backend.numpy(actual), 0.0)
+        return
+    desired = oracle.per_batch_element(
+        lambda x: getattr(oracle, reference)(x, kernel=kernel, **options), samples
+    )
+    assert_matches(backend.numpy(actual), desired)
+
+
+@pytest.mark.usefixtures("strict_promotion")
+@every_shape
+@every_kernel
+@pytest.mark.parametrize("make", [normal, two_clusters], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_score_at_other_points(backend, name, options, kernel, make, shape):
+    _, fit, reference = ESTIMATORS[name]
+    rng = np.random.default_rng(0)
+    samples, points = make(rng, shape), 1.5 * rng.normal(size=(*shape[:-2], 3, shape[-1]))
+
+    fitted = getattr(backend.estimators, fit)(
+        backend.array(samples), kernel=kernel_of(backend, kernel), **options
+    )
+
+    desired = oracle.per_batch_element(
+        lambda x, y: getattr(oracle, reference)(x, y, kernel=kernel, **options), samples, points
+    )
+    assert_matches(backend.numpy(fitted.score(backend.array(points))), desired)
+
+
+@every_kernel
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_score_without_whitening_and_with_a_bandwidth(backend, name, kernel):
+    function, fit, reference = ESTIMATORS[name]
+    rng = np.random.default_rng(0)
+    samples, points = offset(rng, (2, 9, 3)), offset(rng, (2, 3, 3))
+    for bandwidth in (0.9, np.array([0.9, 1.7])):
+        given = bandwidth if np.ndim(bandwidth) == 0 else backend.array(bandwidth)
+        options = {"kernel": kernel_of(backend, kernel, given), "whiten": False}
+
+        scores = getattr(backend.estimators, function)(backend.array(samples), **options)
+        fitted = getattr(backend.estimators, fit)(backend.array(samples), **options)
+
+        each = np.broadcast_to(bandwidth, 2)
+        for i, h in enumerate(each):
+            known = {"kernel": kernel, "bandwidth": h, "whiten": False}
+            of_oracle = getattr(oracle, reference)
+            assert_matches(backend.numpy(scores)[i], of_oracle(samples[i], **known))
+            assert_matches(
+                backend.numpy(fitted.score(backend.array(points)))[i],
+                of_oracle(samples[i], points[i], **known),
+            )
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_default_kernel_is_imq_at_the_median_distance(backend, name):
+    samples = np.random.default_rng(0).normal(size=(9, 3))
+    function, _, reference = ESTIMATORS[name]
+
+    actual = getattr(backend.estimators, function)(backend.array(samples))
+
+    assert_matches(backend.numpy(actual), getattr(oracle, reference)(samples, kernel="IMQ"))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_score_of_a_fit_at_the_samples_is_what_the_function_returns(backend, name):
+    function, fit, _ = ESTIMATORS[name]
+    samples = backend.array(np.random.default_rng(0).normal(size=(9, 3)))
+
+    scores = getattr(backend.estimators, function)(samples)
+
+    np.testing.assert_array_equal(
+        backend.numpy(getattr(backend.estimators, fit)(samples).scores), backend.numpy(scores)
+    )
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_score_of_transformed_samples_is_the_transformed_score(backend, name):
+    # What whitening is for: x -> A x + b turns grad log q into A^-T grad log q. Only the
+    # regularisation, 1.5e-8 of the variances, knows the coordinates.
+    rng = np.random.default_rng(0)
+    samples, matrix = rng.normal(size=(9, 3)), rng.normal(size=(3, 3)) + 2 * np.eye(3)
+    function = getattr(backend.estimators, ESTIMATORS[name][0])
+
+    actual = function(backend.array(samples @ matrix.T - 7.0))
+
+    desired = backend.numpy(function(backend.array(samples))) @ np.linalg.inv(matrix)
+    assert_matches(backend.numpy(actual), desired, 1e-5)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_scores_are_detached(backend, name):
+    function, fit, _ = ESTIMATORS[name]
+    rng = np.random.default_rng(0)
+    samples, points = rng.normal(size=(9, 3)), rng.normal(size=(3, 3))
+
+    gradients = backend.gradients(getattr(backend.estimators, function), samples)
+    gradients += backend.gradients(
+        lambda x, y: getattr(backend.estimators, fit)(x).score(y), samples, points
+    )
+
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, 0.0)
+
+
+# Batches, compiled code
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_batch_is_its_elements(backend, name):
+    function, fit, _ = ESTIMATORS[name]
+    rng = np.random.default_rng(0)
+    samples, points = correlated(rng, (2, 9, 3)), rng.normal(size=(2, 3, 3))
+    samples[1] = tied(rng, (9, 3))
+    function, fit = (getattr(backend.estimators, f) for f in (function, fit))
+
+    together = backend.numpy(function(backend.array(samples)))
+    elsewhere = backend.numpy(fit(backend.array(samples)).score(backend.array(points)))
+
+    for i in range(2):
+        assert_matches(together[i], backend.numpy(function(backend.array(samples[i]))), 1e-9)
+        alone = fit(backend.array(samples[i])).score(backend.array(points[i]))
+        assert_matches(elsewhere[i], backend.numpy(alone), 1e-9)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_mapped_and_compiled(backend, name):
+    fit = getattr(backend.estimators, ESTIMATORS[name][1])
+    rng = np.random.default_rng(0)
+    samples = backend.array(rng.normal(size=(2, 9, 3)))
+    points = backend.array(rng.normal(size=(2, 3, 3)))
+
+    def at_points(samples, points):
+        return fit(samples).score(points)
+
+    desired = backend.numpy(at_points(samples, points))
+
+    assert_matches(backend.numpy(backend.vmap(at_points)(samples, points)), desired)
+    compiled = backend.compiled(at_points, samples, points)
+    assert_matches(backend.numpy(compiled(samples, points)), desired)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_fit_is_a_value(backend, name):
+    # Fitted in one mapped function and evaluated in another.
+    fit = getattr(backend.estimators, ESTIMATORS[name][1])
+    rng = np.random.default_rng(0)
+    samples = backend.array(rng.normal(size=(2, 9, 3)))
+    points = backend.array(rng.normal(size=(2, 3, 3)))
+
+    fitted = backend.vmap(fit)(samples)
+    actual = backend.vmap(lambda fitted, points: fitted.score(points))(fitted, points)
+
+    assert_matches(backend.numpy(actual), backend.numpy(fit(samples).score(points)))
+
+
+# Bad input
+
+
+@pytest.fixture
+def estimator(backend):
+    return backend.estimators.stein_score
+
+
+def test_one_sample_is_refused(backend, estimator):
+    with pytest.raises(ValueError, match=r"2 or more, got 1 in samples of shape \(3, 1, 2\)"):
+        estimator(backend.array(np.zeros((3, 1, 2))))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_samples_that_are_not_finite_are_refused(backend, estimator, value):
+    samples = np.zeros((4, 2))
+    samples[1, 1] = value
+    with pytest.raises(ValueError, match="finite samples, got 1 entries of nan or inf among 8"):
+        estimator(backend.array(samples))
+
+
+def test_fewer_samples_than_dimensions_give_a_warning_with_the_rule(backend, estimator):
+    samples = backend.array(np.random.default_rng(0).normal(size=(3, 4)))
+    with pytest.warns(UserWarning, match="K >= 5 D, that is 20 samples") as warned:
+        scores = estimator(samples)
+    assert len(warned) == 1
+    assert np.isfinite(backend.numpy(scores)).all()
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-4])
+def test_a_ridge_too_small_for_float32_is_refused(backend, estimator, ridge):
+    samples = np.random.default_rng(0).normal(size=(5, 2))
+    with pytest.raises(ValueError, match=f"ridge >= 0.001 in float32, got {ridge}"):
+        estimator(backend.array(samples.astype(np.float32)), ridge=ridge)
+    assert np.isfinite(backend.numpy(estimator(backend.array(samples), ridge=ridge))).all()
+
+
+@pytest.mark.parametrize("ridge", [-0.1, np.nan, np.inf])
+def test_a_senseless_ridge_is_refused(backend, estimator, ridge):
+    with pytest.raises(ValueError, match="needs a finite ridge >= 0"):
+        estimator(backend.array(np.ones((5, 2))), ridge=ridge)
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0, np.inf])
+def test_a_senseless_bandwidth_is_refused(backend, estimator, bandwidth):
+    with pytest.raises(ValueError, match="bandwidth that is positive and finite"):
+        estimator(backend.array(np.ones((5, 2))), kernel=backend.estimators.RBF(bandwidth))
+
+
+def test_a_bandwidth_of_the_wrong_shape_is_refused(backend, estimator):
+    kernel = backend.estimators.RBF(backend.array(np.ones(3)))
+    with pytest.raises(ValueError, match="one for each batch element"):
+        estimator(backend.array(np.ones((2, 5, 2))), kernel=kernel)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (2, 3, 2)])
+def test_points_of_the_wrong_shape_are_refused(backend, shape):
+    fitted = backend.estimators.fit_stein(backend.array(np.eye(5)[:, :2]))
+    with pytest.raises(ValueError, match=r"points of shape \[P, 2\]"):
+        fitted.score(backend.array(np.zeros(shape)))
+
+
+def test_points_of_another_dtype_are_refused(backend):
+    fitted = backend.estimators.fit_stein(backend.array(np.eye(5)[:, :2]))
+    with pytest.raises(TypeError, match="dtype of the samples"):
+        fitted.score(backend.array(np.zeros((3, 2), np.float32)))
+
+
+# Entropy
+
+
+def test_gradient_of_the_entropy_surrogate_is_minus_the_mean_score(backend):
+    samples = np.random.default_rng(0).normal(size=(2, 9, 3))
+
+    (gradient,) = backend.gradients(backend.estimators.entropy_surrogate, samples)
+
+    assert_matches(gradient, -oracle.per_batch_element(oracle.stein, samples) / 9)
+
+
+def test_entropy_surrogate_with_another_estimator(backend):
+    # With the exact score of N(0, C) the surrogate's value is x' C^-1 x averaged, and its gradient
+    # in a linear generator's matrix A, x = A z, is the inverse of A' where the z are white.
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(40, 2))
+    noise -= noise.mean(axis=0)
+    noise = noise @ np.linalg.inv(np.linalg.cholesky(noise.T @ noise / 40)).T
+    matrix = np.array([[1.0, 0.3], [-0.4, 2.0]])
+    precision = backend.array(np.linalg.inv(matrix @ matrix.T))
+
+    def entropy(matrix):
+        return backend.estimators.entropy_surrogate(
+            backend.array(noise) @ matrix.T, score_estimator=lambda x: -x @ precision
+        )
+
+    (gradient,) = backend.gradients(entropy, matrix)
+
+    assert_matches(gradient, np.linalg.inv(matrix).T)
+
+
+def test_entropy_surrogate_refuses_an_estimator_of_another_shape(backend):
+    with pytest.raises(ValueError, match="keeps the shape of the samples"):
+        backend.estimators.entropy_surrogate(
+            backend.array(np.ones((5, 2))), score_estimator=lambda samples: samples[0]
+        )

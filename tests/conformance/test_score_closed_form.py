@@ -1,0 +1,79 @@
+"""Score estimators against densities whose score is known, with bands stated for each.
+
+Two figures are averaged over replicates: the shrinkage c = -mean(g . (x - mean x)) / D, which is
+1 - 1/N for the true score of a Gaussian and says how a fitted guide's variance will be off; and the
+error, the root-mean-square distance to the true score relative to the latter's size. In bands the
+first figure is a lower and an upper end, the second an upper end.
+"""
+
+import numpy as np
+import pytest
+
+from tests.conformance.test_score import ESTIMATORS
+from tests.oracles import score as oracle
+
+
+def gaussian(rng, num_replicates, num_samples, dim, correlation):
+    covariance = (1 - correlation) * np.eye(dim) + correlation
+    mean = np.arange(dim) - 1.0
+    samples = rng.normal(size=(num_replicates, num_samples, dim)) @ np.linalg.cholesky(covariance).T
+    samples = samples + mean
+    return samples, np.array([oracle.gaussian_score(x, mean, covariance) for x in samples])
+
+
+def mixture(rng, num_replicates, num_samples, means, scale, weights):
+    component = rng.choice(len(means), p=weights, size=(num_replicates, num_samples))
+    samples = means[component] + scale * rng.normal(size=(*component.shape, means.shape[1]))
+    return samples, np.array([oracle.mixture_score(x, weights, means, scale) for x in samples])
+
+
+TARGETS = {
+    "gaussian-1d": lambda rng: gaussian(rng, 40, 100, 1, 0.0),
+    "gaussian-4d": lambda rng: gaussian(rng, 40, 100, 4, 0.0),
+    "gaussian-4d-correlated": lambda rng: gaussian(rng, 40, 100, 4, 0.9),
+    "gaussian-16d": lambda rng: gaussian(rng, 10, 200, 16, 0.0),
+    "two-modes-1d": lambda rng: mixture(
+        rng, 40, 100, np.array([[-2.0], [2.0]]), 1.0, np.array([0.5, 0.5])
+    ),
+    "four-modes-2d": lambda rng: mixture(
+        rng,
+        20,
+        200,
+        np.array([[-2.0, -2.0], [-2.0, 2.0], [2.0, -2.0], [2.0, 2.0]]),
+        1.0,
+        np.array([0.125, 0.125, 0.5, 0.25]),
+    ),
+}
+
+# estimator -> target -> (lowest c, highest c, largest error)
+BANDS = {
+    "stein": {
+        "gaussian-1d": (0.98, 1.02, 1.6),
+        "gaussian-4d": (0.95, 0.98, 1.2),
+        "gaussian-4d-correlated": (0.95, 0.98, 1.2),
+        "gaussian-16d": (0.91, 0.95, 0.8),
+        "two-modes-1d": (0.96, 1.0, 0.85),
+        "four-modes-2d": (1.0, 1.04, 0.7),
+    },
+}
+
+
+def figures(samples, actual, desired):
+    """c and error; for a mixture c is relative to that of the true score."""
+    centred = samples - samples.mean(axis=1, keepdims=True)
+    shrinkage = np.sum(actual * centred) / np.sum(desired * centred)
+    error = np.sqrt(np.mean((actual - desired) ** 2) / np.mean(desired**2))
+    return shrinkage, error
+
+
+@pytest.mark.parametrize(("name", "target"), [(n, t) for n in ESTIMATORS for t in TARGETS])
+def test_error_bands(backend, name, target):
+    samples, desired = TARGETS[target](np.random.default_rng(0))
+    function = getattr(backend.estimators, ESTIMATORS[name][0])
+
+    actual = backend.numpy(function(backend.array(samples)))
+
+    shrinkage, error = figures(samples, actual, desired)
+    lowest, highest, largest_error = BANDS[name][target]
+    assert lowest < shrinkage < highest
+    assert error < largest_error

@@ -1,0 +1,139 @@
+"""Score estimators by their definitions, in NumPy: loops over samples, dense blocks, float64.
+
+Nothing here uses the packages' shortcuts. A kernel is a function of two vectors with its gradients
+written out for each kernel by hand; the out-of-sample Stein estimate is a second fit with the point
+among the samples; a matrix-valued kernel is its blocks; an estimator that minimises an objective
+has that objective's quadratic form built entry by entry.
+
+Samples are ``[N, D]``; :func:`per_batch_element` takes care of leading axes.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Kernel(NamedTuple):
+    """A radial kernel of two vectors and what the estimators differentiate of it."""
+
+    name: str
+    bandwidth: float
+
+    def value(self, x, y):
+        squared = (x - y) @ (x - y) / self.bandwidth**2
+        return np.exp(-squared / 2) if self.name == "RBF" else 1 / np.sqrt(1 + squared)
+
+    def gradient(self, x, y):
+        """Gradient in the first argument."""
+        k = self.value(x, y)
+        return -(k if self.name == "RBF" else k**3) * (x - y) / self.bandwidth**2
+
+    def hessian(self, x, y):
+        """Second derivatives in the first argument."""
+        k, r, h = self.value(x, y), x - y, self.bandwidth
+        outer, identity = np.outer(r, r), np.eye(len(r))
+        if self.name == "RBF":
+            return k * (outer / h**4 - identity / h**2)
+        return 3 * k**5 * outer / h**4 - k**3 * identity / h**2
+
+    def gradient_of_laplacian(self, x, y):
+        """Gradient in the first argument of the Laplacian in the first argument."""
+        k, r, h, dim = self.value(x, y), x - y, self.bandwidth, len(x)
+        if self.name == "RBF":
+            laplacian = k * (r @ r / h**4 - dim / h**2)
+            return k * 2 * r / h**4 - laplacian * r / h**2
+        return (6 * k**5 / h**4 - 15 * k**7 * (r @ r) / h**6 + 3 * dim * k**5 / h**4) * r
+
+    def curl_free(self, x, y):
+        """Matrix-valued kernel of gradient fields, the unit matrix at x = y."""
+        return -(self.bandwidth**2) * self.hessian(x, y)
+
+    def divergence(self, x, y):
+        """Divergence of each row of ``curl_free`` in the second argument."""
+        return self.bandwidth**2 * self.gradient_of_laplacian(x, y)
+
+
+def per_batch_element(function, *arrays):
+    """Apply a function of ``[N, D]`` arrays to every element of their leading axes."""
+    batch = arrays[0].shape[:-2]
+    results = [function(*(array[index] for array in arrays)) for index in np.ndindex(*batch)]
+    return np.array(results).reshape(batch + np.shape(results[0]))
+
+
+def median_bandwidth(samples):
+    distances = []
+    for i in range(len(samples)):
+        for j in range(i):
+            distances.append(np.sqrt(np.sum((samples[i] - samples[j]) ** 2)))
+    root_mean_square = np.sqrt(np.mean(np.square(distances)))
+    if root_mean_square == 0:
+        return 1.0
+    return max(sorted(distances)[(len(distances) - 1) // 2], 1e-3 * root_mean_square)
+
+
+def whitening(samples, whiten=True):
+    """Mean and Cholesky factor of the regularised covariance (the unit matrix if not to whiten)."""
+    mean = sum(samples) / len(samples)
+    covariance = sum(np.outer(x - mean, x - mean) for x in samples) / len(samples)
+    if not whiten:
+        return mean, np.eye(len(mean))
+    variances = np.diag(covariance)
+    if np.any(variances == 0):
+        raise ValueError("the oracle needs samples that differ in every coordinate")
+    delta = np.sqrt(np.finfo(np.float64).eps)
+    return mean, np.linalg.cholesky(covariance + delta * np.diag(variances))
+
+
+def in_whitened_coordinates(estimate):
+    """Estimate ``(samples, points, kernel) -> score at the points`` in whitened coordinates.
+
+    A kernel is named; ``bandwidth`` is of whitened samples, the median distance if it is None.
+    """
+
+    def wrapped(samples, points=None, *, kernel="IMQ", bandwidth=None, whiten=True, **options):
+        mean, factor = whitening(samples, whiten)
+        whitened = np.array([np.linalg.solve(factor, x - mean) for x in samples])
+        h = median_bandwidth(whitened) if bandwidth is None else bandwidth
+        if points is not None:
+            points = np.array([np.linalg.solve(factor, y - mean) for y in points])
+        scores = estimate(whitened, points, Kernel(kernel, h), **options)
+        return np.array([np.linalg.solve(factor.T, g) for g in scores])
+
+    return wrapped
+
+
+def gram(kernel, samples):
+    return np.array([[kernel.value(x, y) for y in samples] for x in samples])
+
+
+def stein_sums(kernel, samples):
+    """<grad, K>_i = sum_k grad_{x_k} k(x_i, x_k)."""
+    return np.array([sum(kernel.gradient(y, x) for y in samples) for x in samples])
+
+
+@in_whitened_coordinates
+def stein(samples, points, kernel, *, ridge=0.01):
+    def fit(samples):
+        matrix = gram(kernel, samples) + ridge * np.eye(len(samples))
+        return -np.linalg.solve(matrix, stein_sums(kernel, samples))
+
+    if points is None:
+        return fit(samples)
+    return [fit(np.vstack([samples, y]))[-1] for y in points]
+
+
+def gaussian_score(points, mean, covariance):
+    return -np.linalg.solve(covariance, (points - mean).T).T
+
+
+def mixture_score(points, weights, means, scale):
+    """Score of a mixture of spherical Gaussians of one scale."""
+    scores = []
+    for x in points:
+        terms = [
+            w * np.exp(-np.sum((x - m) ** 2) / (2 * scale**2))
+            for w, m in zip(weights, means, strict=True)
+        ]
+        pulls = [(m - x) / scale**2 for m in means]
+        scores.append(sum(t * p for t, p in zip(terms, pulls, strict=True)) / sum(terms))
+    return np.array(scores)
