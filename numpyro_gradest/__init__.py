@@ -1,10 +1,12 @@
 """Gradient estimators for variational inference in NumPyro."""
 
 from numpyro_gradest import estimators
+from numpyro_gradest.distributions import Implicit
 from numpyro_gradest.infer import (
     IWAE,
     OVIS,
     VIMCO,
+    ImplicitELBO,
     ImportanceSamples,
     ReweightedWakeSleep,
     importance_samples,
@@ -16,6 +18,8 @@ __all__ = [
     "IWAE",
     "OVIS",
     "VIMCO",
+    "Implicit",
+    "ImplicitELBO",
     "ImportanceSamples",
     "ReweightedWakeSleep",
     "estimators",

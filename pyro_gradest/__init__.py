@@ -1,10 +1,12 @@
 """Gradient estimators for variational inference in Pyro."""
 
 from pyro_gradest import estimators
+from pyro_gradest.distributions import Implicit
 from pyro_gradest.infer import (
     IWAE,
     OVIS,
     VIMCO,
+    ImplicitELBO,
     ImportanceSamples,
     ReweightedWakeSleep,
     importance_samples,
@@ -16,6 +18,8 @@ __all__ = [
     "IWAE",
     "OVIS",
     "VIMCO",
+    "Implicit",
+    "ImplicitELBO",
     "ImportanceSamples",
     "ReweightedWakeSleep",
     "estimators",

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.distributions import biject_to
+from numpyro.distributions.util import sum_rightmost
 
 from numpyro_gradest.distributions import Implicit
 from numpyro_gradest.infer._plates import plate_dims
@@ -47,7 +48,7 @@ def implicit_parents(
 
     def implicit_values(draws: dict[str, Array]) -> list[Array]:
         trace = handlers.trace(handlers.substitute(guide, data=draws)).get_trace(*args, **kwargs)
-        return [_implicit(trace[name]["fn"]).value for name in implicit]
+        return [_unwrapped(trace[name]["fn"]).value for name in implicit]
 
     draws = {name: site["value"] for name, site in sites.items()}
     needed = _inputs_by_output(jax.make_jaxpr(implicit_values)(draws).jaxpr)
@@ -69,8 +70,13 @@ def _inputs_by_output(jaxpr: Any) -> list[set[int]]:
         return inputs.get(var, set()) if not hasattr(var, "val") else set()  # a literal has none
 
     for equation in jaxpr.eqns:
-        union = set().union(*(of(var) for var in equation.invars))
-        inputs.update((var, union) for var in equation.outvars)
+        given = [of(var) for var in equation.invars]
+        if equation.primitive.name in ("jit", "pjit"):
+            inner = _inputs_by_output(equation.params["jaxpr"].jaxpr)
+            needed = [set().union(*(given[i] for i in indices)) for indices in inner]
+        else:
+            needed = [set().union(*given)] * len(equation.outvars)
+        inputs.update(zip(equation.outvars, needed, strict=True))
     return [of(var) for var in jaxpr.outvars]
 
 
@@ -105,9 +111,7 @@ def _check_parents(name: str, parents: tuple[str, ...], sites: dict[str, Site]) 
             )
 
 
-def take_implicit_sites(
-    model_trace: Trace, guide_trace: Trace, parents: Parents
-) -> dict[tuple[str, ...], tuple[str, ...]]:
+def take_implicit_sites(model_trace: Trace, guide_trace: Trace, parents: Parents) -> None:
     """Put point masses in the place of implicit sites and their noise, and note the draws.
 
     In unconstrained coordinates u an implicit site has no density to count; the Jacobian of its
@@ -122,33 +126,77 @@ def take_implicit_sites(
                     f"Implicit site {name!r} is observed, but it has no density that an "
                     "observation could be scored by. Observe a site with a density."
                 )
-            support = (model_trace.get(name) or site)["fn"].support
-            transform = biject_to(support)
-            unconstrained = transform._inverse(value)
+            transform = biject_to(model_trace.get(name, site)["fn"].support)
+            unconstrained = transform.inv(value)
             log_det = transform.log_abs_det_jacobian(unconstrained, value)
-            extra = jnp.ndim(log_det) - len(fn.batch_shape)
-            log_det = log_det.sum(tuple(range(-extra, 0))) if extra > 0 else log_det
+            log_det = sum_rightmost(log_det, jnp.ndim(log_det) - len(fn.batch_shape))
+            point_mass = dist.Delta(value, -log_det, event_dim=fn.event_dim)
             site["implicit"] = unconstrained
-            site["fn"] = _like(fn, dist.Delta(value, -log_det, event_dim=fn.event_dim))
-            site["intermediates"] = []
-        elif name in noise and not is_deterministic(site):
-            site["fn"] = _like(fn, dist.Delta(value, event_dim=fn.event_dim))
-            site["intermediates"] = []
-    return {}
+        elif name in noise:
+            point_mass = dist.Delta(value, event_dim=fn.event_dim)
+        else:
+            continue
+        mask = mask_of(fn)
+        site["fn"] = point_mass if mask is True else point_mass.mask(mask)
+        site["intermediates"] = []
 
 
 def implicit_groups(guide_trace: Trace) -> dict[tuple[str, ...], ImplicitGroup]:
-    """The draws of a run, by the plates that their sites lie in."""
-    groups: dict[tuple[str, ...], list[tuple[str, Array, Array]]] = {}
+    """The draws of one particle, by the implicit sites that lie in the same plates."""
+    groups: dict[tuple[str, ...], dict[str, Site]] = {}
     for name, site in samples(guide_trace):
         if "implicit" in site:
-            plates, drawn, weight = _by_plate(site)
-            groups.setdefault(plates, []).append((name, drawn, weight))
-    return {plates: _join(members) for plates, members in groups.items()}
+            dims = plate_dims(site)
+            plates = tuple(sorted(dims, key=dims.__getitem__))
+            groups.setdefault(plates, {})[name] = site
+    return {tuple(sites): _join(plates, sites) for plates, sites in groups.items()}
 
 
 def is_implicit(fn: Any) -> bool:
     """Whether a distribution, or what it wraps, can only be sampled."""
+    return isinstance(_unwrapped(fn), Implicit)
+
+
+def _unwrapped(fn: Any) -> Any:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return isinstance(fn, Implicit)
+    return fn
+
+
+def _join(plates: tuple[str, ...], sites: dict[str, Site]) -> ImplicitGroup:
+    _check_same_weight(sites)
+    weight = [_by_plate(plates, site, _weight(site))[..., 0] for site in sites.values()]
+    drawn = [_by_plate(plates, site, site["implicit"]) for site in sites.values()]
+    return ImplicitGroup(jnp.concatenate(drawn, axis=-1), weight[0])
+
+
+def _by_plate(plates: tuple[str, ...], site: Site, array: Array) -> Array:
+    """Bring the plates to the front, from the left, and flatten the rest."""
+    dims, num_batch_dims = plate_dims(site), len(site["fn"].batch_shape)
+    axes = [num_batch_dims + dims[plate] for plate in plates]
+    array = jnp.moveaxis(array, axes, range(len(axes)))
+    return array.reshape(*array.shape[: len(axes)], -1)
+
+
+def _weight(site: Site) -> Array:
+    scale = 1.0 if site["scale"] is None else site["scale"]
+    return jnp.ones(site["fn"].batch_shape) * scale * mask_of(site["fn"])
+
+
+def _check_same_weight(sites: dict[str, Site]) -> None:
+    (first, site), *others = sites.items()
+    for name, other in others:
+        scales = [1.0 if each["scale"] is None else each["scale"] for each in (site, other)]
+        masks = mask_of(site["fn"]), mask_of(other["fn"])
+        if not (_is_same(*scales) and _is_same(*masks)):
+            raise ValueError(
+                f"Implicit sites {first!r} and {name!r} lie in the same plates, so that their "
+                "entropy is joint, but their scale or mask differ. Give them the same."
+            )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two scales or masks are the same; arrays that are traced can't be compared."""
+    if any(isinstance(each, jax.core.Tracer) for each in (one, other)):
+        return True
+    return one is other or bool(jnp.array_equal(one, other))

@@ -10,6 +10,7 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 from numpyro.util import check_model_guide_match
 
+from numpyro_gradest.infer._implicit import implicit_parents, take_implicit_sites
 from numpyro_gradest.infer._plates import CommonPlates, plate_dims
 from numpyro_gradest.infer._sites import Site, Trace, is_score_site, samples
 
@@ -26,6 +27,8 @@ class Program(NamedTuple):
     """``"pathwise"``, or ``"score"`` to take the score function at every random guide site."""
     is_weighted: bool
     """Whether particles are weighed against each other, so that log-weights must be whole."""
+    takes_implicit: bool = False
+    """Whether implicit sites are dealt with; else they raise, as they have no density."""
 
     def with_plate_key(self, key: Array) -> "Program":
         """Draw every plate's subsample from one key, so that all particles see the same data."""
@@ -52,6 +55,11 @@ def trace_particle(program: Program, key: Array) -> tuple[Trace, Trace]:
     model = handlers.substitute(handlers.seed(program.model, model_key), data=data)
     model_trace = handlers.trace(model).get_trace(*program.args, **program.kwargs)
     _check_match(model_trace, guide_trace)
+    if program.takes_implicit:
+        params = jax.tree.map(lambda leaf: leaf, program.params)
+        guide = handlers.substitute(handlers.seed(program.guide, guide_key), data=params)
+        parents = implicit_parents(guide, guide_trace, program.args, program.kwargs)
+        take_implicit_sites(model_trace, guide_trace, parents)
     return model_trace, guide_trace
 
 

@@ -159,8 +159,8 @@ class MultiSampleELBO(ELBO, ABC):
 
         bound = jnp.sum(scale[0] * iwae_bound(log_weights).sum(axis=0))
         _warn_of_no_weight(bound)
-        loss = -(jax.lax.stop_gradient(bound) + _gradient_only(surrogate))
-        return {"loss": loss, "mutable_state": _mean_state(particles.mutable_state) or None}
+        loss = -(jax.lax.stop_gradient(bound) + gradient_only(surrogate))
+        return {"loss": loss, "mutable_state": mean_state(particles.mutable_state) or None}
 
     def _run(self, program: Program, keys: Array) -> Particles:
         """One particle for each key, stacked along axis 0."""
@@ -179,12 +179,12 @@ class MultiSampleELBO(ELBO, ABC):
 
 
 @jax.custom_jvp
-def _gradient_only(surrogate: Float[Array, ""]) -> Float[Array, ""]:
+def gradient_only(surrogate: Float[Array, ""]) -> Float[Array, ""]:
     """Zero, with the gradient of ``surrogate``, whose value then need not be computed."""
     return jnp.zeros_like(surrogate)
 
 
-@_gradient_only.defjvp
+@gradient_only.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return jnp.zeros_like(primals[0]), tangents[0]
 
@@ -209,7 +209,7 @@ def _warn_of_no_weight(bound: Float[Array, ""]) -> None:
         )
 
 
-def _mean_state(state: dict[str, Any]) -> dict[str, Any]:
+def mean_state(state: dict[str, Any]) -> dict[str, Any]:
     """Average the state that each particle left behind; what is not a float is the first's."""
 
     def mean(leaf: Array) -> Array:

@@ -7,6 +7,8 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
+_NO_SHAPE = torch.Size()
+
 
 class Implicit(TorchDistribution):
     r"""The law of a value that a guide computes from noise; its density is unknown.
@@ -72,7 +74,7 @@ class Implicit(TorchDistribution):
         batch_shape = torch.Size(batch_shape)
         return Implicit(self.value.expand(batch_shape + self.event_shape), self.event_dim)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
         return self.value.expand(torch.Size(sample_shape) + self.value.shape)
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from pyro_gradest.estimators.score import (
     entropy_surrogate,
     fit_stein,
     fit_whitening,
+    knn_entropy,
     median_bandwidth,
     stein_score,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "fit_stein",
     "fit_whitening",
     "iwae_bound",
+    "knn_entropy",
     "linear_surrogate",
     "median_bandwidth",
     "normalized_weights",

@@ -14,7 +14,15 @@ from torch.distributions import biject_to
 
 from pyro_gradest.distributions import Implicit
 from pyro_gradest.infer._plates import plate_dims
-from pyro_gradest.infer._sites import Site, Trace, both, is_deterministic, is_subsample, mask_of
+from pyro_gradest.infer._sites import (
+    Site,
+    Trace,
+    both,
+    is_deterministic,
+    is_subsample,
+    mask_of,
+    samples,
+)
 
 Parents = dict[str, tuple[str, ...]]
 """For each implicit site the sites that its value is computed from."""
@@ -39,7 +47,7 @@ def implicit_parents(guide: Any, args: tuple, kwargs: dict[str, Any]) -> Parents
     """
     with torch.enable_grad(), _Cut() as cut:
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    sites = {name: site for name, site in trace.nodes.items() if name in cut.leaves}
+    sites = {name: site for name, site in samples(trace) if name in cut.leaves}
     parents: Parents = {}
     for name, value in cut.implicit.items():
         leaves = {id(leaf) for leaf in _leaves(value)}
@@ -85,10 +93,9 @@ def take_implicit_sites(model_trace: Trace, guide_trace: Trace, parents: Parents
     In unconstrained coordinates u an implicit site has no density to count; the Jacobian of its
     constraint, H[z] = H[u] + E log|dz/du|, is the point mass's.
     """
+    model_sites = dict(samples(model_trace))
     noise = {parent for names in parents.values() for parent in names}
-    for name, site in guide_trace.nodes.items():
-        if site["type"] != "sample" or is_subsample(site):
-            continue
+    for name, site in samples(guide_trace):
         fn, value = site["fn"], site["value"]
         if is_implicit(fn):
             if site["is_observed"]:
@@ -96,29 +103,32 @@ def take_implicit_sites(model_trace: Trace, guide_trace: Trace, parents: Parents
                     f"Implicit site {name!r} is observed, but it has no density that an "
                     "observation could be scored by. Observe a site with a density."
                 )
-            model_site = model_trace.nodes.get(name)
-            transform = biject_to((model_site["fn"] if model_site else fn).support)
+            transform = biject_to((model_sites.get(name) or site)["fn"].support)
             unconstrained = transform.inv(value)
             log_det = transform.log_abs_det_jacobian(unconstrained, value)
             log_det = sum_rightmost(log_det, log_det.dim() - len(fn.batch_shape))
-            site["implicit"] = unconstrained, both(mask_of(fn), _site_mask(site))
-            site["fn"] = _like(fn, dist.Delta(value, -log_det, event_dim=fn.event_dim))
-        elif name in noise and not is_deterministic(fn):
-            site["fn"] = _like(fn, dist.Delta(value, event_dim=fn.event_dim))
+            point_mass = dist.Delta(value, -log_det, event_dim=fn.event_dim)
+            site["implicit"] = unconstrained
+        elif name in noise:
+            point_mass = dist.Delta(value, event_dim=fn.event_dim)
+        else:
+            continue
+        mask = mask_of(fn)
+        site["fn"] = point_mass if mask is True else point_mass.mask(mask)
 
 
 def implicit_groups(guide_trace: Trace, num_particles: int) -> list[ImplicitGroup]:
     """The draws of a run, by the plates that their sites lie in."""
     groups: dict[tuple[str, ...], list[tuple[str, Tensor, Tensor]]] = {}
-    for name, site in guide_trace.nodes.items():
+    for name, site in samples(guide_trace):
         if "implicit" in site:
-            plates, samples, weight = _by_plate(site)
+            plates, drawn, weight = _by_plate(site)
             if num_particles == 1:
-                samples = samples[None]
+                drawn = drawn[None]
             else:
                 plates, weight = plates[1:], weight[0]
-            groups.setdefault(plates, []).append((name, samples, weight))
-    return [_join(plates, members) for plates, members in groups.items()]
+            groups.setdefault(plates, []).append((name, drawn, weight))
+    return [_join(members) for members in groups.values()]
 
 
 def concatenate_groups(runs: list[list[ImplicitGroup]]) -> list[ImplicitGroup]:
@@ -171,7 +181,8 @@ def _leaves(value: Tensor) -> Iterator[Tensor]:
 
 def _by_plate(site: Site) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """Plates from the left, the draws ``[*plates, D]`` and their weight ``[*plates]``."""
-    unconstrained, mask = site["implicit"]
+    unconstrained = site["implicit"]
+    mask = both(mask_of(site["fn"]), True if site["mask"] is None else site["mask"])
     dims = plate_dims(site)
     plates = tuple(sorted(dims, key=dims.__getitem__))
     batch_shape = site["fn"].batch_shape
@@ -183,23 +194,12 @@ def _by_plate(site: Site) -> tuple[tuple[str, ...], Tensor, Tensor]:
     return plates, unconstrained.reshape(*sizes, event), weight
 
 
-def _join(
-    plates: tuple[str, ...], members: list[tuple[str, Tensor, Tensor]]
-) -> ImplicitGroup:
-    names, samples, weights = zip(*members, strict=True)
+def _join(members: list[tuple[str, Tensor, Tensor]]) -> ImplicitGroup:
+    names, drawn, weights = zip(*members, strict=True)
     for name, weight in zip(names, weights, strict=True):
         if weight is not weights[0] and not torch.equal(weight, weights[0]):
             raise ValueError(
                 f"Implicit sites {names[0]!r} and {name!r} lie in the same plates, so that their "
                 "entropy is joint, but their scale or mask differ. Give them the same."
             )
-    return ImplicitGroup(names, torch.cat(samples, dim=-1), weights[0])
-
-
-def _like(fn: Any, delta: dist.Delta) -> Any:
-    mask = mask_of(fn)
-    return delta if mask is True else delta.mask(mask)
-
-
-def _site_mask(site: Site) -> bool | Tensor:
-    return True if site["mask"] is None else site["mask"]
+    return ImplicitGroup(names, torch.cat(drawn, dim=-1), weights[0])

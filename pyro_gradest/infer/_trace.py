@@ -86,6 +86,16 @@ def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]
     return model_trace, guide_trace
 
 
+def deepest_plate(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> int:
+    """Number of plate dims that model and guide use, found by running them."""
+    with poutine.block():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(model).get_trace(*args, **kwargs)
+    sites = [site for trace in (guide_trace, model_trace) for _, site in samples(trace)]
+    return max((-dim for site in sites for dim in plate_dims(site).values()), default=0)
+
+
 def latent_values(model_trace: Trace, num_particles: int) -> dict[str, Tensor]:
     """Values of the model's latent sites, ``[num_particles, *site shape]``."""
     values = {}

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_gradest.estimators import knn_entropy, linear_surrogate, stein_score
+from pyro_gradest.estimators import entropy_surrogate, knn_entropy, linear_surrogate
 from pyro_gradest.infer._implicit import (
     ImplicitGroup,
     Parents,
@@ -25,7 +25,7 @@ from pyro_gradest.infer._particles import (
     read_particles,
     refuse_log_weights,
 )
-from pyro_gradest.infer._trace import Program, trace_particles
+from pyro_gradest.infer._trace import Program, deepest_plate, trace_particles
 from pyro_gradest.infer.multisample_elbo import check_count, program_of, replayed
 
 ScoreEstimator = Callable[[Float[Tensor, " *plates K D"]], Float[Tensor, " *plates K D"]]
@@ -80,7 +80,8 @@ class ImplicitELBO(ELBO):
         >>> def model():
         ...     pyro.sample("z", dist.Normal(3.0, 0.5))
         >>> def guide():
-        ...     loc, scale = pyro.param("loc", torch.tensor(0.0)), pyro.param("scale", torch.tensor(1.0))
+        ...     loc = pyro.param("loc", torch.tensor(0.0))
+        ...     scale = pyro.param("scale", torch.tensor(1.0))
         ...     noise = pyro.sample("noise", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
         ...     pyro.sample("z", Implicit(loc + scale * noise))
         >>> loss = ImplicitELBO(num_particles=50, vectorize_particles=True)
@@ -117,7 +118,7 @@ class ImplicitELBO(ELBO):
             )
         super().__init__(num_particles=num_particles, **host_options)
         self.reparam = reparam
-        self.score_estimator = score_estimator or stein_score
+        self.score_estimator = score_estimator
         self._parents: tuple[Callable, Parents] | None = None
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -161,7 +162,9 @@ class ImplicitELBO(ELBO):
         particles, groups = self._run(self._program(model, guide, args, kwargs))
         surrogate = self._explicit_surrogate(particles)
         for group in groups:
-            surrogate = surrogate + self._entropy_surrogate(group)
+            samples = group.samples.movedim(0, -2)
+            entropy = entropy_surrogate(samples, score_estimator=self.score_estimator)
+            surrogate = surrogate + (group.weight * entropy).sum()
         # The second term is exactly zero: it brings the gradient and leaves the value alone.
         loss = -(self._elbo(particles, groups) + (surrogate - surrogate.detach()))
         _check_loss(loss.item(), particles)
@@ -192,6 +195,13 @@ class ImplicitELBO(ELBO):
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
         return trace_particles(self._program(model, guide, args, kwargs), 1)
+
+    def _guess_max_plate_nesting(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
+    ) -> None:
+        """As the host does, but without evaluating densities."""
+        self.max_plate_nesting = deepest_plate(model, guide, args, kwargs)
+        self.max_plate_nesting += self.vectorize_particles
 
     def _program(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Program:
         program = program_of(self, model, guide, args, kwargs)
@@ -226,17 +236,6 @@ class ImplicitELBO(ELBO):
             weights=scale,
             learning_signal=scale * (elbo - others),
         ).sum()
-
-    def _entropy_surrogate(self, group: ImplicitGroup) -> Float[Tensor, ""]:
-        samples = group.samples.movedim(0, -2)
-        score = self.score_estimator(samples.detach())
-        if score.shape != samples.shape:
-            raise ValueError(
-                f"score_estimator returned shape {tuple(score.shape)} for samples of shape "
-                f"{tuple(samples.shape)}. It must return one score per sample."
-            )
-        # Not score * samples: where a masked sample is NaN, so would be the sum.
-        return -(group.weight[..., None, None] * score.detach() * samples).sum() / samples.shape[-2]
 
     def _elbo(self, particles: Particles, groups: list[ImplicitGroup]) -> Float[Tensor, ""]:
         elbo = (particles.bound_scale[0] * particles.log_weights.mean(dim=0)).sum()

@@ -271,13 +271,11 @@ class MultiSampleELBO(ELBO):
         return self.num_particles * self.num_replicates
 
 
-def program_of(
-    elbo: MultiSampleELBO, model: Callable, guide: Callable, args: tuple, kwargs: dict
-) -> Program:
+def program_of(elbo: Any, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Program:
     """What ``elbo`` runs on a model and a guide; guesses ``max_plate_nesting`` if need be."""
     if elbo.vectorize_particles and elbo.max_plate_nesting == math.inf:
         # Guessing runs both programs; the random numbers of the step must not depend on it.
-        with _replayed(_rng_state()):
+        with replayed(_rng_state()):
             elbo._guess_max_plate_nesting(model, guide, args, kwargs)
     host_counts_particles = elbo.vectorize_particles and elbo.num_particles > 1
     return Program(
@@ -309,7 +307,7 @@ class _OtherRandomNumbers(RuntimeError):
 
 
 def _rerun(program: Program, chunk: _Chunk, weights: Tensor, learning_signal: Tensor) -> Tensor:
-    with _replayed(chunk.before):
+    with replayed(chunk.before):
         particles = run_particles(program._replace(subsamples=dict(chunk.subsamples)), chunk.size)
         if not all(map(torch.equal, _rng_state(), chunk.after)):
             raise _OtherRandomNumbers(
@@ -342,10 +340,11 @@ def _set_rng_state(state: list[Tensor]) -> None:
 
 
 @contextmanager
-def _replayed(state: list[Tensor]) -> Iterator[None]:
-    """Start from ``state``, and leave the generators as they were."""
+def replayed(state: list[Tensor] | None = None) -> Iterator[None]:
+    """Start from ``state`` (or as it is), and leave the random generators as they were."""
     outside = _rng_state()
-    _set_rng_state(state)
+    if state is not None:
+        _set_rng_state(state)
     try:
         yield
     finally:

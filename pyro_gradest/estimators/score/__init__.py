@@ -2,6 +2,7 @@
 
 from pyro_gradest.estimators.score.entropy import entropy_surrogate
 from pyro_gradest.estimators.score.kernels import IMQ, RBF, CurlFree, median_bandwidth
+from pyro_gradest.estimators.score.knn_entropy import knn_entropy
 from pyro_gradest.estimators.score.stein import SteinFit, fit_stein, stein_score
 from pyro_gradest.estimators.score.whitening import Whitening, fit_whitening
 
@@ -14,6 +15,7 @@ __all__ = [
     "entropy_surrogate",
     "fit_stein",
     "fit_whitening",
+    "knn_entropy",
     "median_bandwidth",
     "stein_score",
 ]
