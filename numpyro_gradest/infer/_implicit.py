@@ -22,9 +22,9 @@ Parents = dict[str, tuple[str, ...]]
 class ImplicitGroup(NamedTuple):
     """Draws of the implicit sites that share their plates, whose entropy is joint."""
 
-    samples: Float[Array, " *particles *plates D"]
+    samples: Float[Array, " *plates D"]
     """In unconstrained space, all events flattened and side by side; attached."""
-    weight: Float[Array, " *particles *plates"]
+    weight: Float[Array, " *plates"]
     """What multiplies the entropy: scale and mask."""
 
 
