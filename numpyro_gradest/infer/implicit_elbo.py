@@ -157,13 +157,13 @@ class ImplicitELBO(ELBO):
         keys = jax.random.split(main_key, self.num_particles)
         run = partial(_run_particle, program.with_plate_key(plate_key))
         particles, groups = self.vectorize_particles_fn(run, keys)
+        _refuse_not_finite(groups)
         refuse_log_weights(particles)
 
         surrogate = self._explicit_surrogate(particles)
         elbo = jnp.sum(particles.bound_scale[0] * particles.log_weights.mean(axis=0))
-        for sites, group in groups.items():
+        for group in groups.values():
             samples, weight = jnp.moveaxis(group.samples, 0, -2), group.weight[0]
-            _refuse_not_finite(sites, samples)
             entropy = entropy_surrogate(samples, score_estimator=self.score_estimator)
             surrogate += jnp.sum(weight * entropy)
             elbo += jnp.sum(weight * knn_entropy(samples))
@@ -187,10 +187,12 @@ def _run_particle(program: Program, key: Array) -> tuple[Particles, Groups]:
     return read_particle(program, *traces), implicit_groups(traces[1])
 
 
-def _refuse_not_finite(sites: tuple[str, ...], samples: Array) -> None:
+def _refuse_not_finite(groups: Groups) -> None:
     """Values that are being traced can't be looked at, and pass."""
-    if not isinstance(samples, jax.core.Tracer) and not jnp.isfinite(samples).all():
-        raise ValueError(
-            f"A draw of the implicit sites {list(sites)} is not finite. Check the guide's "
-            "parameters and learning rate; no parameter has been updated."
-        )
+    for sites, group in groups.items():
+        samples = group.samples
+        if not isinstance(samples, jax.core.Tracer) and not jnp.isfinite(samples).all():
+            raise ValueError(
+                f"A draw of the implicit sites {list(sites)} is not finite. Check the guide's "
+                "parameters and learning rate; no parameter has been updated."
+            )

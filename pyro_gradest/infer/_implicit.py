@@ -98,11 +98,6 @@ def take_implicit_sites(model_trace: Trace, guide_trace: Trace, parents: Parents
     for name, site in samples(guide_trace):
         fn, value = site["fn"], site["value"]
         if is_implicit(fn):
-            if site["is_observed"]:
-                raise ValueError(
-                    f"Implicit site {name!r} is observed, but it has no density that an "
-                    "observation could be scored by. Observe a site with a density."
-                )
             transform = biject_to((model_sites.get(name) or site)["fn"].support)
             unconstrained = transform.inv(value)
             log_det = transform.log_abs_det_jacobian(unconstrained, value)
@@ -155,7 +150,10 @@ class _Cut(Messenger):
         self.leaves: dict[str, Tensor] = {}
 
     def _pyro_post_sample(self, msg: Site) -> None:
-        if is_subsample(msg) or msg["is_observed"]:
+        if is_subsample(msg):
+            return
+        if msg["is_observed"]:
+            _refuse_observed(msg)
             return
         if is_implicit(msg["fn"]):
             self.implicit[msg["name"]] = msg["value"]
@@ -164,6 +162,14 @@ class _Cut(Messenger):
         if msg["value"].is_floating_point():
             msg["value"] = msg["value"].detach().requires_grad_()
         self.leaves[msg["name"]] = msg["value"]
+
+
+def _refuse_observed(site: Site) -> None:
+    if is_implicit(site["fn"]):
+        raise ValueError(
+            f"Implicit site {site['name']!r} is observed, but it has no density that an "
+            "observation could be scored by. Observe a site with a density."
+        )
 
 
 def _leaves(value: Tensor) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ has that objective's quadratic form built entry by entry.
 Samples are ``[N, D]``; :func:`per_batch_element` takes care of leading axes.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -137,3 +138,17 @@ def mixture_score(points, weights, means, scale):
         pulls = [(m - x) / scale**2 for m in means]
         scores.append(sum(t * p for t, p in zip(terms, pulls, strict=True)) / sum(terms))
     return np.array(scores)
+
+
+def knn_entropy(samples, num_neighbors=3):
+    """Kozachenko-Leonenko, with the radius of the ball that holds k neighbours of each sample."""
+    num_samples, dim = samples.shape
+    k = min(num_neighbors, num_samples - 1)
+    log_radii = []
+    for i in range(num_samples):
+        distances = [math.dist(samples[i], samples[j]) for j in range(num_samples) if j != i]
+        log_radii.append(math.log(sorted(distances)[k - 1]))
+    log_volume = dim / 2 * math.log(math.pi) - math.lgamma(dim / 2 + 1)
+    # psi(N) - psi(k) of integers is a sum of reciprocals.
+    difference = sum(1 / n for n in range(k, num_samples))
+    return difference + log_volume + dim * np.mean(log_radii)
