@@ -9,6 +9,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and by line style in grey.
 STYLES = {
@@ -75,6 +76,7 @@ def draw_curves(
         style = {**STYLES[name], "marker": None}
         label = f"{name}, held out {bounds[name]:.1f}"
         ax.plot(range(1, len(curve) + 1), curve, label=label, **style)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="bound, nats per image", title="Training on 4,500 digits")
     ax.legend()
 

@@ -6,7 +6,7 @@ Notation: K = num_particles, R = num_replicates, lw_k = log p(x, z_k) - log q(z_
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from pyro.infer import ELBO
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from pyro_gradest.estimators import iwae_bound, linear_surrogate, normalized_weights
 from pyro_gradest.infer._particles import (
@@ -43,8 +42,8 @@ class MultiSampleELBO(ELBO):
             reparameterised sampler; ``"score"`` takes the score function at every random site.
         num_replicates: Number of independent K-particle bounds that are averaged.
         chunk_size: Run the particles in chunks of this size, so that memory does not grow with
-            ``num_particles``. Model and guide run three times instead of once, each time with the
-            same random numbers. (With ``vectorize_particles=True`` these are not the numbers of
+            ``num_particles``. Model and guide run twice instead of once, with the same random
+            numbers. (With ``vectorize_particles=True`` these are not the numbers of
             an unchunked run: the generator fills one chunk after the other.)
         max_plate_nesting: As in the host; guessed by a run of both programs if left out.
         max_iarange_nesting: As in the host, deprecated.
@@ -228,18 +227,8 @@ class MultiSampleELBO(ELBO):
         if self.chunk_size is None:
             surrogate = _surrogate(particles, weights, signal)
         else:
-            surrogate = sum(
-                # Only the random state is kept: the backward pass runs each chunk again.
-                checkpoint(
-                    _rerun, program, chunk, *parts, use_reentrant=False, preserve_rng_state=False
-                )
-                for chunk, *parts in zip(
-                    chunks,
-                    weights.split(self.chunk_size),
-                    signal.split(self.chunk_size),
-                    strict=True,
-                )
-            )
+            parts = weights.split(self.chunk_size), signal.split(self.chunk_size)
+            surrogate = _surrogate_by_chunk(program, zip(chunks, *parts, strict=True))
         surrogate = surrogate + self._guide_surrogate(program)
         # The second term is exactly zero: it brings the gradient and leaves the value alone.
         loss = -(self._bound(particles) + (surrogate - surrogate.detach()))
@@ -304,6 +293,41 @@ class _Chunk(NamedTuple):
 
 class _OtherRandomNumbers(RuntimeError):
     """A chunk that was run again drew other random numbers than the first time."""
+
+
+def _surrogate_by_chunk(
+    program: Program, chunks: Iterable[tuple[_Chunk, Tensor, Tensor]]
+) -> Float[Tensor, ""]:
+    """A scalar with the gradient of all chunks' surrogates, of which one is alive at a time."""
+    gradients: dict[Tensor, Tensor] = {}
+    for chunk, weights, learning_signal in chunks:
+        for leaf, gradient in _gradients_at_leaves(
+            _rerun(program, chunk, weights, learning_signal)
+        ):
+            gradients[leaf] = gradients[leaf] + gradient if leaf in gradients else gradient
+    products = [(leaf * gradient).sum() for leaf, gradient in gradients.items()]
+    return torch.stack(products).sum() if products else torch.zeros(())
+
+
+def _gradients_at_leaves(surrogate: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    leaves = graph_leaves(surrogate)
+    if not leaves:
+        return iter(())
+    # What the arguments were computed from is common to all chunks and has to stay.
+    return zip(leaves, torch.autograd.grad(surrogate, leaves, retain_graph=True), strict=True)
+
+
+def graph_leaves(tensor: Tensor) -> list[Tensor]:
+    """The leaves that a tensor was computed from and that require a gradient."""
+    leaves, seen, stack = [], set(), [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(function for function, _ in node.next_functions)
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+    return leaves
 
 
 def _rerun(program: Program, chunk: _Chunk, weights: Tensor, learning_signal: Tensor) -> Tensor:

@@ -32,15 +32,22 @@ ONE_THREAD = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
     "JAX_PLATFORMS": "cpu",
 }
+# glibc keeps freed blocks below a threshold that grows as it goes, so that resident memory creeps
+# up while what is in use does not. A fixed threshold makes the two the same.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 HANDWRITTEN_TARGET = {"numpyro": 1.10, "pyro": 1.35}
 
 
-def run_child(module: str, *arguments: str) -> dict:
+def run_child(module: str, *arguments: str, **environment: str) -> dict:
     """Run a module of this package in a fresh process with one thread and parse what it prints."""
     command = [sys.executable, "-m", f"tests.benchmarks.{module}", *arguments]
     print("  " + " ".join(command[1:]), flush=True)
     child = subprocess.run(
-        command, env=os.environ | ONE_THREAD, check=True, stdout=subprocess.PIPE, text=True
+        command,
+        env=os.environ | ONE_THREAD | environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     return json.loads(child.stdout.splitlines()[-1])
 
@@ -53,7 +60,7 @@ def pin_to_one_core() -> None:
 
 def measure(host: str) -> dict:
     print(f"\nMeasuring {host}:")
-    memory = {k: run_child("memory", host, str(k)) for k in MEMORY_PARTICLES}
+    memory = {k: run_child("memory", host, str(k), **RETURN_FREED_MEMORY) for k in MEMORY_PARTICLES}
     return {**run_child(f"{host}_steps"), "memory": memory}
 
 
@@ -74,9 +81,10 @@ def rows(host: str, results: dict) -> list[tuple[str, str, str]]:
             table.append((what, ratio(name, "IWAE"), "<= 1.05"))
         for name, base, target in (
             ("OVIS", "handwritten", f"<= {HANDWRITTEN_TARGET[host]:.2f}"),
+            ("OVIS, no validation", "handwritten", f"<= {HANDWRITTEN_TARGET[host]:.2f}"),
             ("OVIS", "RenyiELBO", "<= 1.00"),
         ):
-            if base in steps:
+            if name in steps and base in steps:
                 what = f"{name} / {base} step, {at_k}"
                 is_asked = base == "RenyiELBO" or num_particles == 50
                 table.append((what, ratio(name, base), target if is_asked else ""))
