@@ -1,6 +1,5 @@
 """Implicit sites: what they are computed from, and their draws in unconstrained space."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_gradest.distributions import Implicit
+from pyro_gradest.infer._graph import graph_leaves
 from pyro_gradest.infer._plates import plate_dims
 from pyro_gradest.infer._sites import (
     Site,
@@ -50,7 +50,7 @@ def implicit_parents(guide: Any, args: tuple, kwargs: dict[str, Any]) -> Parents
     sites = {name: site for name, site in samples(trace) if name in cut.leaves}
     parents: Parents = {}
     for name, value in cut.implicit.items():
-        leaves = {id(leaf) for leaf in _leaves(value)}
+        leaves = {id(leaf) for leaf in graph_leaves(value)}
         parents[name] = tuple(site for site, leaf in cut.leaves.items() if id(leaf) in leaves)
         _check_parents(name, parents[name], sites)
     return parents
@@ -170,19 +170,6 @@ def _refuse_observed(site: Site) -> None:
             f"Implicit site {site['name']!r} is observed, but it has no density that an "
             "observation could be scored by. Observe a site with a density."
         )
-
-
-def _leaves(value: Tensor) -> Iterator[Tensor]:
-    """The leaves of the graph of a value."""
-    seen, stack = set(), [value.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        stack.extend(function for function, _ in node.next_functions)
 
 
 def _by_plate(site: Site) -> tuple[tuple[str, ...], Tensor, Tensor]:

@@ -16,6 +16,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_gradest.estimators import iwae_bound, linear_surrogate, normalized_weights
+from pyro_gradest.infer._graph import graph_leaves
 from pyro_gradest.infer._particles import (
     Particles,
     concatenate,
@@ -315,19 +316,6 @@ def _gradients_at_leaves(surrogate: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(())
     # What the arguments were computed from is common to all chunks and has to stay.
     return zip(leaves, torch.autograd.grad(surrogate, leaves, retain_graph=True), strict=True)
-
-
-def graph_leaves(tensor: Tensor) -> list[Tensor]:
-    """The leaves that a tensor was computed from and that require a gradient."""
-    leaves, seen, stack = [], set(), [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack.extend(function for function, _ in node.next_functions)
-            if hasattr(node, "variable"):
-                leaves.append(node.variable)
-    return leaves
 
 
 def _rerun(program: Program, chunk: _Chunk, weights: Tensor, learning_signal: Tensor) -> Tensor:
