@@ -5,9 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-# A bandwidth is at least this fraction of the root-mean-square distance.
-SMALLEST_RELATIVE_BANDWIDTH = 1e-3
-
 
 def product(left: Float[Array, " *batch P N"], right: Float[Array, " *batch N D"]) -> Array:
     """Matrix product in full precision: accelerators round the factors unless told not to."""
@@ -21,7 +18,10 @@ def squared_distances(
     products = product(points, samples.mT)
     of_points = jnp.sum(points**2, axis=-1)[..., :, None]
     of_samples = jnp.sum(samples**2, axis=-1)[..., None, :]
-    return jnp.maximum(of_points + of_samples - 2 * products, 0.0)
+    total = of_points + of_samples
+    squared = total - 2 * products
+    # What is no more than rounding is zero: between samples that coincide nothing may differ.
+    return jnp.where(squared > 8 * float(jnp.finfo(squared.dtype).eps) * total, squared, 0.0)
 
 
 def weighted_differences(
@@ -42,6 +42,7 @@ def pairwise_median(
     squared = squared_distance[..., rows, columns]
     mean = jnp.mean(squared, axis=-1)
     median = jnp.sort(squared, axis=-1)[..., (squared.shape[-1] - 1) // 2]
-    floor = SMALLEST_RELATIVE_BANDWIDTH**2 * mean
+    # Squared distances are known to about eps times their mean: stay well above that.
+    floor = float(jnp.finfo(squared.dtype).eps) ** 0.5 * mean
     bandwidth = jnp.sqrt(jnp.maximum(median, floor))
     return jnp.where(mean > 0, bandwidth, 1.0)

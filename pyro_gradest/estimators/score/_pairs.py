@@ -4,9 +4,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# A bandwidth is at least this fraction of the root-mean-square distance.
-SMALLEST_RELATIVE_BANDWIDTH = 1e-3
-
 
 def squared_distances(
     points: Float[Tensor, " *batch P D"], samples: Float[Tensor, " *batch N D"]
@@ -15,7 +12,10 @@ def squared_distances(
     products = points @ samples.mT
     of_points = torch.sum(points**2, dim=-1)[..., :, None]
     of_samples = torch.sum(samples**2, dim=-1)[..., None, :]
-    return torch.clamp(of_points + of_samples - 2 * products, min=0.0)
+    total = of_points + of_samples
+    squared = total - 2 * products
+    # What is no more than rounding is zero: between samples that coincide nothing may differ.
+    return torch.where(squared > 8 * torch.finfo(squared.dtype).eps * total, squared, 0.0)
 
 
 def weighted_differences(
@@ -35,6 +35,7 @@ def pairwise_median(
     rows, columns = torch.triu_indices(num_points, num_points, 1, device=squared_distance.device)
     squared = squared_distance[..., rows, columns]
     mean = torch.mean(squared, dim=-1)
-    floor = SMALLEST_RELATIVE_BANDWIDTH**2 * mean
+    # Squared distances are known to about eps times their mean: stay well above that.
+    floor = torch.finfo(squared.dtype).eps ** 0.5 * mean
     bandwidth = torch.sqrt(torch.maximum(torch.median(squared, dim=-1).values, floor))
     return torch.where(mean > 0, bandwidth, 1.0)

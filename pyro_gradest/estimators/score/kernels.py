@@ -117,8 +117,9 @@ def median_bandwidth(samples: Float[Tensor, " *batch N D"]) -> Float[Tensor, " *
     r"""Median of the distances between different samples.
 
     The lower median over the N (N - 1) / 2 pairs; a sample's distance of zero to itself does not
-    count. It is kept above a thousandth of the root-mean-square distance, so that a kernel stays
-    usable where most samples coincide, and it is 1 where all do.
+    count. It is kept above the fourth root of the dtype's epsilon (2 % in float32) times the
+    root-mean-square distance, so that a kernel stays usable where most samples coincide, and it is
+    1 where all do.
 
     Args:
         samples: Samples, shape ``[*batch, N, D]``, N >= 2, float32 or float64.
