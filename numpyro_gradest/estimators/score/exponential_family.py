@@ -159,8 +159,8 @@ def kernel_exponential_family_score(
         ValueError: If N < 2, a sample is not finite, or an option makes no sense.
 
     Bias and variance:
-        Biased by design: the ridge shrinks the score. In many dimensions the variance is below that
-        of the Stein estimator, since only gradient fields are fitted.
+        Biased by design: the ridge shrinks the score, in many dimensions less than that of the
+        Stein estimator, since only gradient fields are fitted.
 
     Cost:
         O(N^2 D) time per iteration and O(N^2 + N D) memory per batch element; nothing is
