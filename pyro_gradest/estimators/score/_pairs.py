@@ -9,13 +9,12 @@ def squared_distances(
     points: Float[Tensor, " *batch P D"], samples: Float[Tensor, " *batch N D"]
 ) -> Float[Tensor, " *batch P N"]:
     """|x_i - y_j|^2 from inner products: both should be centred, or their offset is lost digits."""
-    products = points @ samples.mT
     of_points = torch.sum(points**2, dim=-1)[..., :, None]
     of_samples = torch.sum(samples**2, dim=-1)[..., None, :]
-    total = of_points + of_samples
-    squared = total - 2 * products
+    squared = (-2 * points) @ samples.mT + of_points + of_samples
     # What is no more than rounding is zero: between samples that coincide nothing may differ.
-    return torch.where(squared > 8 * torch.finfo(squared.dtype).eps * total, squared, 0.0)
+    rounding = 8 * torch.finfo(squared.dtype).eps
+    return torch.where(squared > rounding * of_points + rounding * of_samples, squared, 0.0)
 
 
 def weighted_differences(
