@@ -107,7 +107,7 @@ class PyroBackend:
             # Pyro's jit objectives still trace with it, and drop its warnings about shapes too.
             warnings.filterwarnings("ignore", ".*torch.jit.trace.* is deprecated")
             warnings.simplefilter("ignore", self._torch.jit.TracerWarning)
-            return self._torch.jit.trace(function, arguments)
+            return self._torch.jit.trace(function, arguments, check_trace=False)
 
 
 class NumPyroBackend:

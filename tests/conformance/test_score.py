@@ -8,10 +8,28 @@ from tests.oracles import score as oracle
 # name -> (estimate at the samples, fit, oracle)
 ESTIMATORS = {
     "stein": ("stein_score", "fit_stein", "stein"),
+    "spectral": ("spectral_score", "fit_spectral", "spectral"),
+    "kde": ("kde_score", "fit_kde", "kde"),
+    "parametric-stein": ("parametric_stein_score", "fit_parametric_stein", "parametric_stein"),
+    "score-matching": ("score_matching_score", "fit_score_matching", "score_matching"),
+    "kernel-exponential-family": (
+        "kernel_exponential_family_score",
+        "fit_kernel_exponential_family",
+        "kernel_exponential_family",
+    ),
+    "nu-method": ("nu_method_score", "fit_nu_method", "nu_method"),
 }
 OPTIONS = {
     "stein": [{}, {"ridge": 0.3}],
+    "spectral": [{}],
+    "kde": [{}],
+    "parametric-stein": [{}],
+    "score-matching": [{}],
+    "kernel-exponential-family": [{}],
+    "nu-method": [{}, {"num_iterations": 7, "nu": 2.0}],
 }
+# The oracle solves exactly.
+EXACT = {"kernel-exponential-family": {"tolerance": 1e-13, "max_iterations": 80}}
 CASES = [
     pytest.param(name, options, id="-".join([name, *(f"{k}={v}" for k, v in options.items())]))
     for name in ESTIMATORS
@@ -160,7 +178,7 @@ def test_bandwidth_where_most_samples_coincide(backend):
     actual = backend.numpy(backend.estimators.median_bandwidth(backend.array(samples)))
 
     # 19 of 190 distances are sqrt(2), the others zero.
-    assert_matches(actual, np.array(1e-3 * np.sqrt(0.1 * 2)))
+    assert_matches(actual, np.array(np.finfo(float).eps ** 0.25 * np.sqrt(0.1 * 2)))
 
 
 @every_kind
@@ -201,6 +219,31 @@ def test_whitening_turns_gradients_back(backend):
 # Estimates
 
 
+def score(backend, name, samples, **options):
+    """The estimate at the samples, NumPy in and out."""
+    function = getattr(backend.estimators, ESTIMATORS[name][0])
+    return backend.numpy(function(backend.array(samples), **EXACT.get(name, {}), **options))
+
+
+def fit(backend, name, samples, **options):
+    """A fit to samples that are the backend's."""
+    return getattr(backend.estimators, ESTIMATORS[name][1])(
+        samples, **EXACT.get(name, {}), **options
+    )
+
+
+def score_elsewhere(backend, name, samples, points, **options):
+    """The estimate at other points, NumPy in and out."""
+    fitted = fit(backend, name, backend.array(samples), **options)
+    return backend.numpy(fitted.score(backend.array(points)))
+
+
+def desired_score(name, samples, *points, **options):
+    """The oracle's."""
+    of_element = getattr(oracle, ESTIMATORS[name][2])
+    return oracle.per_batch_element(lambda *x: of_element(*x, **options), samples, *points)
+
+
 def is_degenerate(make, shape):
     return make is tied and shape[-2] == 2
 
@@ -211,20 +254,14 @@ def is_degenerate(make, shape):
 @every_kernel
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_score_at_the_samples(backend, name, options, kernel, make, shape):
-    function, _, reference = ESTIMATORS[name]
     samples = make(np.random.default_rng(0), shape)
 
-    actual = getattr(backend.estimators, function)(
-        backend.array(samples), kernel=kernel_of(backend, kernel), **options
-    )
+    actual = score(backend, name, samples, kernel=kernel_of(backend, kernel), **options)
 
     if is_degenerate(make, shape):
-        np.testing.assert_array_equal(backend.numpy(actual), 0.0)
-        return
-    desired = oracle.per_batch_element(
-        lambda x: getattr(oracle, reference)(x, kernel=kernel, **options), samples
-    )
-    assert_matches(backend.numpy(actual), desired)
+        np.testing.assert_array_equal(actual, 0.0)
+    else:
+        assert_matches(actual, desired_score(name, samples, kernel=kernel, **options))
 
 
 @pytest.mark.usefixtures("strict_promotion")
@@ -233,64 +270,47 @@ def test_score_at_the_samples(backend, name, options, kernel, make, shape):
 @pytest.mark.parametrize("make", [normal, two_clusters], ids=lambda make: make.__name__)
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_score_at_other_points(backend, name, options, kernel, make, shape):
-    _, fit, reference = ESTIMATORS[name]
     rng = np.random.default_rng(0)
     samples, points = make(rng, shape), 1.5 * rng.normal(size=(*shape[:-2], 3, shape[-1]))
 
-    fitted = getattr(backend.estimators, fit)(
-        backend.array(samples), kernel=kernel_of(backend, kernel), **options
+    actual = score_elsewhere(
+        backend, name, samples, points, kernel=kernel_of(backend, kernel), **options
     )
 
-    desired = oracle.per_batch_element(
-        lambda x, y: getattr(oracle, reference)(x, y, kernel=kernel, **options), samples, points
-    )
-    assert_matches(backend.numpy(fitted.score(backend.array(points))), desired)
+    assert_matches(actual, desired_score(name, samples, points, kernel=kernel, **options))
 
 
+@pytest.mark.parametrize("bandwidth", [0.9, np.array([0.9, 1.7])], ids=["one", "each"])
 @every_kernel
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_score_without_whitening_and_with_a_bandwidth(backend, name, kernel):
-    function, fit, reference = ESTIMATORS[name]
+def test_score_without_whitening_and_with_a_bandwidth(backend, name, kernel, bandwidth):
     rng = np.random.default_rng(0)
     samples, points = offset(rng, (2, 9, 3)), offset(rng, (2, 3, 3))
-    for bandwidth in (0.9, np.array([0.9, 1.7])):
-        given = bandwidth if np.ndim(bandwidth) == 0 else backend.array(bandwidth)
-        options = {"kernel": kernel_of(backend, kernel, given), "whiten": False}
+    given = bandwidth if np.ndim(bandwidth) == 0 else backend.array(bandwidth)
+    options = {"kernel": kernel_of(backend, kernel, given), "whiten": False}
 
-        scores = getattr(backend.estimators, function)(backend.array(samples), **options)
-        fitted = getattr(backend.estimators, fit)(backend.array(samples), **options)
+    scores = score(backend, name, samples, **options)
+    elsewhere = score_elsewhere(backend, name, samples, points, **options)
 
-        each = np.broadcast_to(bandwidth, 2)
-        for i, h in enumerate(each):
-            known = {"kernel": kernel, "bandwidth": h, "whiten": False}
-            of_oracle = getattr(oracle, reference)
-            assert_matches(backend.numpy(scores)[i], of_oracle(samples[i], **known))
-            assert_matches(
-                backend.numpy(fitted.score(backend.array(points)))[i],
-                of_oracle(samples[i], points[i], **known),
-            )
+    for i, h in enumerate(np.broadcast_to(bandwidth, 2)):
+        known = {"kernel": kernel, "bandwidth": h, "whiten": False}
+        assert_matches(scores[i], desired_score(name, samples[i], **known))
+        assert_matches(elsewhere[i], desired_score(name, samples[i], points[i], **known))
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_default_kernel_is_imq_at_the_median_distance(backend, name):
     samples = np.random.default_rng(0).normal(size=(9, 3))
-    function, _, reference = ESTIMATORS[name]
-
-    actual = getattr(backend.estimators, function)(backend.array(samples))
-
-    assert_matches(backend.numpy(actual), getattr(oracle, reference)(samples, kernel="IMQ"))
+    assert_matches(score(backend, name, samples), desired_score(name, samples, kernel="IMQ"))
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_score_of_a_fit_at_the_samples_is_what_the_function_returns(backend, name):
-    function, fit, _ = ESTIMATORS[name]
-    samples = backend.array(np.random.default_rng(0).normal(size=(9, 3)))
+    samples = np.random.default_rng(0).normal(size=(9, 3))
 
-    scores = getattr(backend.estimators, function)(samples)
+    fitted = fit(backend, name, backend.array(samples))
 
-    np.testing.assert_array_equal(
-        backend.numpy(getattr(backend.estimators, fit)(samples).scores), backend.numpy(scores)
-    )
+    np.testing.assert_array_equal(backend.numpy(fitted.scores), score(backend, name, samples))
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -299,27 +319,71 @@ def test_score_of_transformed_samples_is_the_transformed_score(backend, name):
     # regularisation, 1.5e-8 of the variances, knows the coordinates.
     rng = np.random.default_rng(0)
     samples, matrix = rng.normal(size=(9, 3)), rng.normal(size=(3, 3)) + 2 * np.eye(3)
-    function = getattr(backend.estimators, ESTIMATORS[name][0])
 
-    actual = function(backend.array(samples @ matrix.T - 7.0))
+    actual = score(backend, name, samples @ matrix.T - 7.0)
 
-    desired = backend.numpy(function(backend.array(samples))) @ np.linalg.inv(matrix)
-    assert_matches(backend.numpy(actual), desired, 1e-5)
+    assert_matches(actual, score(backend, name, samples) @ np.linalg.inv(matrix), 1e-5)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_scores_are_detached(backend, name):
-    function, fit, _ = ESTIMATORS[name]
     rng = np.random.default_rng(0)
     samples, points = rng.normal(size=(9, 3)), rng.normal(size=(3, 3))
 
-    gradients = backend.gradients(getattr(backend.estimators, function), samples)
-    gradients += backend.gradients(
-        lambda x, y: getattr(backend.estimators, fit)(x).score(y), samples, points
-    )
+    gradients = backend.gradients(lambda x: fit(backend, name, x).scores, samples)
+    gradients += backend.gradients(lambda x, y: fit(backend, name, x).score(y), samples, points)
 
     for gradient in gradients:
         np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_spectral_score_with_all_eigenfunctions_is_the_stein_score_without_a_ridge(backend):
+    samples = np.random.default_rng(0).normal(size=(9, 3))
+    assert_matches(
+        score(backend, "spectral", samples, num_eigenfunctions=9),
+        score(backend, "stein", samples, ridge=0.0),
+    )
+
+
+@pytest.mark.parametrize("options", [{"num_eigenfunctions": 2}, {"energy": 0.5}], ids=str)
+def test_spectral_score_with_few_eigenfunctions(backend, options):
+    # Where no two eigenvalues are equal: the oracle might cut between them elsewhere.
+    rng = np.random.default_rng(0)
+    samples, points = rng.normal(size=(2, 9, 3)), rng.normal(size=(2, 3, 3))
+
+    scores = score(backend, "spectral", samples, **options)
+    elsewhere = score_elsewhere(backend, "spectral", samples, points, **options)
+
+    assert_matches(scores, desired_score("spectral", samples, **options))
+    assert_matches(elsewhere, desired_score("spectral", samples, points, **options))
+
+
+def test_spectral_score_keeps_one_eigenfunction_at_least(backend):
+    samples = np.random.default_rng(0).normal(size=(9, 3))
+    assert_matches(
+        score(backend, "spectral", samples, energy=1e-9),
+        desired_score("spectral", samples, num_eigenfunctions=1),
+    )
+
+
+def test_conjugate_gradients_stop_where_they_are_told(backend):
+    samples = np.random.default_rng(0).normal(size=(9, 3))
+    kernel = backend.estimators.IMQ(1.3)
+
+    actual = backend.estimators.kernel_exponential_family_score(
+        backend.array(samples), kernel=kernel, ridge=0.2, max_iterations=1, whiten=False
+    )
+
+    # The first iteration is a step of steepest descent from zero.
+    of_oracle = oracle.Kernel("IMQ", 1.3)
+    right = 9 * np.array([oracle.mean_divergence(of_oracle, samples, x) for x in samples])
+    image = 0.2 * right + np.array(
+        [
+            sum(of_oracle.curl_free(x, y) @ c for y, c in zip(samples, right, strict=True))
+            for x in samples
+        ]
+    )
+    assert_matches(backend.numpy(actual), -right * np.sum(right**2) / np.sum(right * image))
 
 
 # Batches, compiled code
@@ -327,30 +391,27 @@ def test_scores_are_detached(backend, name):
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_batch_is_its_elements(backend, name):
-    function, fit, _ = ESTIMATORS[name]
     rng = np.random.default_rng(0)
     samples, points = correlated(rng, (2, 9, 3)), rng.normal(size=(2, 3, 3))
     samples[1] = tied(rng, (9, 3))
-    function, fit = (getattr(backend.estimators, f) for f in (function, fit))
 
-    together = backend.numpy(function(backend.array(samples)))
-    elsewhere = backend.numpy(fit(backend.array(samples)).score(backend.array(points)))
+    together = score(backend, name, samples)
+    elsewhere = score_elsewhere(backend, name, samples, points)
 
     for i in range(2):
-        assert_matches(together[i], backend.numpy(function(backend.array(samples[i]))), 1e-9)
-        alone = fit(backend.array(samples[i])).score(backend.array(points[i]))
-        assert_matches(elsewhere[i], backend.numpy(alone), 1e-9)
+        assert_matches(together[i], score(backend, name, samples[i]), 1e-9)
+        alone = score_elsewhere(backend, name, samples[i], points[i])
+        assert_matches(elsewhere[i], alone, 1e-9)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_mapped_and_compiled(backend, name):
-    fit = getattr(backend.estimators, ESTIMATORS[name][1])
     rng = np.random.default_rng(0)
     samples = backend.array(rng.normal(size=(2, 9, 3)))
     points = backend.array(rng.normal(size=(2, 3, 3)))
 
     def at_points(samples, points):
-        return fit(samples).score(points)
+        return fit(backend, name, samples).score(points)
 
     desired = backend.numpy(at_points(samples, points))
 
@@ -362,15 +423,15 @@ def test_mapped_and_compiled(backend, name):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_fit_is_a_value(backend, name):
     # Fitted in one mapped function and evaluated in another.
-    fit = getattr(backend.estimators, ESTIMATORS[name][1])
     rng = np.random.default_rng(0)
     samples = backend.array(rng.normal(size=(2, 9, 3)))
     points = backend.array(rng.normal(size=(2, 3, 3)))
 
-    fitted = backend.vmap(fit)(samples)
+    fitted = backend.vmap(lambda samples: fit(backend, name, samples))(samples)
     actual = backend.vmap(lambda fitted, points: fitted.score(points))(fitted, points)
 
-    assert_matches(backend.numpy(actual), backend.numpy(fit(samples).score(points)))
+    desired = fit(backend, name, samples).score(points)
+    assert_matches(backend.numpy(actual), backend.numpy(desired))
 
 
 # Bad input
@@ -414,6 +475,25 @@ def test_a_ridge_too_small_for_float32_is_refused(backend, estimator, ridge):
 def test_a_senseless_ridge_is_refused(backend, estimator, ridge):
     with pytest.raises(ValueError, match="needs a finite ridge >= 0"):
         estimator(backend.array(np.ones((5, 2))), ridge=ridge)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        ("spectral_score", {"energy": 0.0}, "0 < energy <= 1"),
+        ("spectral_score", {"energy": 1.1}, "0 < energy <= 1"),
+        ("spectral_score", {"num_eigenfunctions": 0}, "num_eigenfunctions as an integer >= 1"),
+        ("kernel_exponential_family_score", {"ridge": 0.0}, "ridge > 0"),
+        ("kernel_exponential_family_score", {"tolerance": -1.0}, "a finite tolerance >= 0"),
+        ("kernel_exponential_family_score", {"max_iterations": 0}, "max_iterations as an integer"),
+        ("nu_method_score", {"num_iterations": 0}, "num_iterations as an integer"),
+        ("nu_method_score", {"nu": 0.0}, "nu > 0"),
+    ],
+)
+def test_senseless_options_are_refused(backend, function, options, message):
+    samples = backend.array(np.eye(5)[:, :2])
+    with pytest.raises(ValueError, match=f"{function} needs {message}"):
+        getattr(backend.estimators, function)(samples, **options)
 
 
 @pytest.mark.parametrize("bandwidth", [0.0, -1.0, np.inf])

@@ -69,7 +69,10 @@ def median_bandwidth(samples):
     root_mean_square = np.sqrt(np.mean(np.square(distances)))
     if root_mean_square == 0:
         return 1.0
-    return max(sorted(distances)[(len(distances) - 1) // 2], 1e-3 * root_mean_square)
+    return max(
+        sorted(distances)[(len(distances) - 1) // 2],
+        np.finfo(np.float64).eps ** 0.25 * root_mean_square,
+    )
 
 
 def whitening(samples, whiten=True):
@@ -121,6 +124,118 @@ def stein(samples, points, kernel, *, ridge=0.01):
     if points is None:
         return fit(samples)
     return [fit(np.vstack([samples, y]))[-1] for y in points]
+
+
+@in_whitened_coordinates
+def kde(samples, points, kernel):
+    def log_density_gradient(x):
+        total = sum(kernel.value(x, y) for y in samples)
+        return sum(kernel.gradient(x, y) for y in samples) / total
+
+    return [log_density_gradient(x) for x in (samples if points is None else points)]
+
+
+@in_whitened_coordinates
+def spectral(samples, points, kernel, *, num_eigenfunctions=None, energy=0.99):
+    size = len(samples)
+    eigenvalues, eigenvectors = np.linalg.eigh(gram(kernel, samples))
+    order = np.argsort(-eigenvalues)
+    if num_eigenfunctions is None:
+        num_eigenfunctions = 1
+        while sum(eigenvalues[order[:num_eigenfunctions]]) < energy * sum(eigenvalues):
+            num_eigenfunctions += 1
+
+    def eigenfunction(x, j):
+        terms = [eigenvectors[m, j] * kernel.value(x, samples[m]) for m in range(size)]
+        return np.sqrt(size) / eigenvalues[j] * sum(terms)
+
+    def gradient_of_eigenfunction(x, j):
+        terms = [eigenvectors[m, j] * kernel.gradient(x, samples[m]) for m in range(size)]
+        return np.sqrt(size) / eigenvalues[j] * sum(terms)
+
+    scores = np.zeros_like(samples if points is None else points)
+    for j in order[:num_eigenfunctions]:
+        beta = -sum(gradient_of_eigenfunction(x, j) for x in samples) / size
+        for i, x in enumerate(samples if points is None else points):
+            scores[i] += beta * eigenfunction(x, j)
+    return scores
+
+
+def density_of_kernel_form(kernel, samples, points, quadratic, linear, ridge):
+    """Score of sum_k a_k k(x, x_k) with a minimising a'Qa / 2 + a'l and a relative ridge."""
+    matrix = quadratic + ridge * np.mean(np.diag(quadratic)) * np.eye(len(samples))
+    coefficients = np.linalg.solve(matrix, -linear)
+    pairs = list(zip(samples, coefficients, strict=True))
+    return [sum(a * kernel.gradient(y, x) for x, a in pairs) for y in points]
+
+
+@in_whitened_coordinates
+def parametric_stein(samples, points, kernel, *, ridge=0.01):
+    size, matrix = len(samples), gram(kernel, samples)
+    stein = stein_sums(kernel, samples)
+    gradients = [[kernel.gradient(x, y) for y in samples] for x in samples]
+    # The V-statistic of the kernel Stein discrepancy, with the scores sum_k a_k gradients[i][k].
+    quadratic, linear = np.zeros((size, size)), np.zeros(size)
+    for k in range(size):
+        linear[k] = sum(gradients[i][k] @ stein[i] for i in range(size))
+        for j in range(size):
+            for i in range(size):
+                for m in range(size):
+                    quadratic[k, j] += matrix[i, m] * gradients[i][k] @ gradients[m][j]
+    points = samples if points is None else points
+    return density_of_kernel_form(kernel, samples, points, quadratic, linear, ridge)
+
+
+@in_whitened_coordinates
+def score_matching(samples, points, kernel, *, ridge=0.1):
+    size = len(samples)
+    gradients = [[kernel.gradient(x, y) for y in samples] for x in samples]
+    quadratic, linear = np.zeros((size, size)), np.zeros(size)
+    for k in range(size):
+        linear[k] = sum(np.trace(kernel.hessian(x, samples[k])) for x in samples)
+        for j in range(size):
+            quadratic[k, j] = sum(gradients[i][k] @ gradients[i][j] for i in range(size))
+    points = samples if points is None else points
+    return density_of_kernel_form(kernel, samples, points, quadratic, linear, ridge)
+
+
+def mean_divergence(kernel, samples, x):
+    """zeta(x)"""
+    return sum(kernel.divergence(x, y) for y in samples) / len(samples)
+
+
+@in_whitened_coordinates
+def kernel_exponential_family(samples, points, kernel, *, ridge=0.1):
+    size = len(samples)
+    regularisation = ridge / size  # lambda
+    blocks = np.block([[kernel.curl_free(x, y) for y in samples] for x in samples])
+    at_samples = np.concatenate([mean_divergence(kernel, samples, x) for x in samples])
+    system = blocks + size * regularisation * np.eye(len(blocks))
+    coefficients = np.linalg.solve(system, at_samples / regularisation).reshape(size, -1)
+
+    def score(x):
+        field = sum(kernel.curl_free(x, y) @ c for y, c in zip(samples, coefficients, strict=True))
+        return field - mean_divergence(kernel, samples, x) / regularisation
+
+    return [score(x) for x in (samples if points is None else points)]
+
+
+@in_whitened_coordinates
+def nu_method(samples, points, kernel, *, num_iterations=30, nu=1.0):
+    # The iteration for the function itself, known by its values at the samples and at the points.
+    size = len(samples)
+    everywhere = samples if points is None else np.vstack([samples, points])
+    blocks = [[kernel.curl_free(x, y) for y in samples] for x in everywhere]
+    zeta = np.array([mean_divergence(kernel, samples, x) for x in everywhere])
+    before, scores = np.zeros_like(zeta), np.zeros_like(zeta)
+    for t in range(1, num_iterations + 1):
+        u = (t - 1) * (2 * t - 3) * (2 * t + 2 * nu - 1)
+        u /= (t + 2 * nu - 1) * (2 * t + 4 * nu - 1) * (2 * t + 2 * nu - 3)
+        omega = 4 * (2 * t + 2 * nu - 1) * (t + nu - 1)
+        omega /= (t + 2 * nu - 1) * (2 * t + 4 * nu - 1)
+        image = np.array([sum(row[m] @ scores[m] for m in range(size)) / size for row in blocks])
+        before, scores = scores, scores + u * (scores - before) - omega * (image + zeta)
+    return scores if points is None else scores[size:]
 
 
 def gaussian_score(points, mean, covariance):

@@ -1,8 +1,23 @@
 """Scores of distributions that can only be sampled: grad log q estimated from draws of q."""
 
 from numpyro_gradest.estimators.score.entropy import entropy_surrogate
+from numpyro_gradest.estimators.score.exponential_family import (
+    CurlFreeFit,
+    fit_kernel_exponential_family,
+    kernel_exponential_family_score,
+)
+from numpyro_gradest.estimators.score.kde import KDEFit, fit_kde, kde_score
 from numpyro_gradest.estimators.score.kernels import IMQ, RBF, CurlFree, median_bandwidth
 from numpyro_gradest.estimators.score.knn_entropy import knn_entropy
+from numpyro_gradest.estimators.score.nu_method import fit_nu_method, nu_method_score
+from numpyro_gradest.estimators.score.parametric import (
+    ParametricFit,
+    fit_parametric_stein,
+    fit_score_matching,
+    parametric_stein_score,
+    score_matching_score,
+)
+from numpyro_gradest.estimators.score.spectral import SpectralFit, fit_spectral, spectral_score
 from numpyro_gradest.estimators.score.stein import SteinFit, fit_stein, stein_score
 from numpyro_gradest.estimators.score.whitening import Whitening, fit_whitening
 
@@ -10,12 +25,28 @@ __all__ = [
     "IMQ",
     "RBF",
     "CurlFree",
+    "CurlFreeFit",
+    "KDEFit",
+    "ParametricFit",
+    "SpectralFit",
     "SteinFit",
     "Whitening",
     "entropy_surrogate",
+    "fit_kde",
+    "fit_kernel_exponential_family",
+    "fit_nu_method",
+    "fit_parametric_stein",
+    "fit_score_matching",
+    "fit_spectral",
     "fit_stein",
     "fit_whitening",
+    "kde_score",
+    "kernel_exponential_family_score",
     "knn_entropy",
     "median_bandwidth",
+    "nu_method_score",
+    "parametric_stein_score",
+    "score_matching_score",
+    "spectral_score",
     "stein_score",
 ]

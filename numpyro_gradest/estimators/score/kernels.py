@@ -39,7 +39,8 @@ class RBF(NamedTuple):
     ) -> Float[Array, " *batch P N"]:
         """Derivative of that order of the kernel in the squared distance, at each pair."""
         rate = -0.5 / _squared(self.bandwidth)
-        return rate**order * jnp.exp(rate * squared_distance)
+        value = jnp.exp(rate * squared_distance)
+        return value if order == 0 else rate**order * value
 
 
 class IMQ(NamedTuple):
@@ -58,11 +59,13 @@ class IMQ(NamedTuple):
     ) -> Float[Array, " *batch P N"]:
         """Derivative of that order of the kernel in the squared distance, at each pair."""
         squared_bandwidth = _squared(self.bandwidth)
+        root = jax.lax.rsqrt(1 + squared_distance / squared_bandwidth)
+        if order == 0:
+            return root
         factor: Array | float = 1.0
         for i in range(order):
             factor = factor * -(0.5 + i) / squared_bandwidth
-        base = 1 / (1 + squared_distance / squared_bandwidth)
-        return factor * (jnp.sqrt(base) * base**order)
+        return factor * root ** (2 * order + 1)
 
 
 RadialKernel = RBF | IMQ
@@ -118,8 +121,9 @@ def median_bandwidth(samples: Float[Array, " *batch N D"]) -> Float[Array, " *ba
     r"""Median of the distances between different samples.
 
     The lower median over the N (N - 1) / 2 pairs; a sample's distance of zero to itself does not
-    count. It is kept above a thousandth of the root-mean-square distance, so that a kernel stays
-    usable where most samples coincide, and it is 1 where all do.
+    count. It is kept above the fourth root of the dtype's epsilon (2 % in float32) times the
+    root-mean-square distance, so that a kernel stays usable where most samples coincide, and it is
+    1 where all do.
 
     Args:
         samples: Samples, shape ``[*batch, N, D]``, N >= 2, float32 or float64.

@@ -4,18 +4,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# A bandwidth is at least this fraction of the root-mean-square distance.
-SMALLEST_RELATIVE_BANDWIDTH = 1e-3
-
 
 def squared_distances(
     points: Float[Tensor, " *batch P D"], samples: Float[Tensor, " *batch N D"]
 ) -> Float[Tensor, " *batch P N"]:
     """|x_i - y_j|^2 from inner products: both should be centred, or their offset is lost digits."""
-    products = points @ samples.mT
     of_points = torch.sum(points**2, dim=-1)[..., :, None]
     of_samples = torch.sum(samples**2, dim=-1)[..., None, :]
-    return torch.clamp(of_points + of_samples - 2 * products, min=0.0)
+    squared = (-2 * points) @ samples.mT + of_points + of_samples
+    # What is no more than rounding is zero: between samples that coincide nothing may differ.
+    rounding = 8 * torch.finfo(squared.dtype).eps
+    return torch.where(squared > rounding * of_points + rounding * of_samples, squared, 0.0)
 
 
 def weighted_differences(
@@ -35,6 +34,7 @@ def pairwise_median(
     rows, columns = torch.triu_indices(num_points, num_points, 1, device=squared_distance.device)
     squared = squared_distance[..., rows, columns]
     mean = torch.mean(squared, dim=-1)
-    floor = SMALLEST_RELATIVE_BANDWIDTH**2 * mean
+    # Squared distances are known to about eps times their mean: stay well above that.
+    floor = torch.finfo(squared.dtype).eps ** 0.5 * mean
     bandwidth = torch.sqrt(torch.maximum(torch.median(squared, dim=-1).values, floor))
     return torch.where(mean > 0, bandwidth, 1.0)

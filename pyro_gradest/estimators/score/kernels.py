@@ -38,7 +38,8 @@ class RBF(NamedTuple):
     ) -> Float[Tensor, " *batch P N"]:
         """Derivative of that order of the kernel in the squared distance, at each pair."""
         rate = -0.5 / _squared(self.bandwidth)
-        return rate**order * torch.exp(rate * squared_distance)
+        value = torch.exp(rate * squared_distance)
+        return value if order == 0 else rate**order * value
 
 
 class IMQ(NamedTuple):
@@ -57,11 +58,13 @@ class IMQ(NamedTuple):
     ) -> Float[Tensor, " *batch P N"]:
         """Derivative of that order of the kernel in the squared distance, at each pair."""
         squared_bandwidth = _squared(self.bandwidth)
+        root = torch.rsqrt(1 + squared_distance / squared_bandwidth)
+        if order == 0:
+            return root
         factor: Tensor | float = 1.0
         for i in range(order):
             factor = factor * -(0.5 + i) / squared_bandwidth
-        base = 1 / (1 + squared_distance / squared_bandwidth)
-        return factor * (torch.sqrt(base) * base**order)
+        return factor * root ** (2 * order + 1)
 
 
 RadialKernel = RBF | IMQ
@@ -117,8 +120,9 @@ def median_bandwidth(samples: Float[Tensor, " *batch N D"]) -> Float[Tensor, " *
     r"""Median of the distances between different samples.
 
     The lower median over the N (N - 1) / 2 pairs; a sample's distance of zero to itself does not
-    count. It is kept above a thousandth of the root-mean-square distance, so that a kernel stays
-    usable where most samples coincide, and it is 1 where all do.
+    count. It is kept above the fourth root of the dtype's epsilon (2 % in float32) times the
+    root-mean-square distance, so that a kernel stays usable where most samples coincide, and it is
+    1 where all do.
 
     Args:
         samples: Samples, shape ``[*batch, N, D]``, N >= 2, float32 or float64.

@@ -176,8 +176,8 @@ def _fit(
     )
     identity = torch.eye(points.shape[-2], dtype=points.dtype, device=points.device)
     cholesky = torch.linalg.cholesky(kernel.derivative(squared_distance) + ridge * identity)
-    slopes = -2 * kernel.derivative(squared_distance, 1)
-    stein = weighted_differences(slopes, points, points)
+    derivative = kernel.derivative(squared_distance, 1)
+    stein = -2 * weighted_differences(derivative, points, points)
     scores = whitening.score(-torch.cholesky_solve(stein, cholesky))
     return SteinFit(
         scores=scores,
