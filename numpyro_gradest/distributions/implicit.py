@@ -48,7 +48,7 @@ class Implicit(dist.Distribution):
     pytree_data_fields = ("value",)
 
     def __init__(
-        self, value: ArrayLike, event_dim: int = 0, *, validate_args: bool | None = None
+        self, value: Array, event_dim: int = 0, *, validate_args: bool | None = None
     ) -> None:
         value = jnp.asarray(value)
         if not jnp.issubdtype(value.dtype, jnp.floating):

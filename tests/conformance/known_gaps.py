@@ -60,36 +60,26 @@ KNOWN_GAPS = [
         "parameter tail_adaptive_beta only in pyro_gradest",
         "An argument of Pyro's ELBO alone.",
     ),
-    # What SVI calls.
-    Gap(
-        _ELBO,
-        "member loss only in pyro_gradest",
-        "NumPyro inherits loss from the host, where it calls loss_with_mutable_state.",
+    # What SVI calls in Pyro, whose own base class does not name it.
+    *(
+        Gap(
+            objective,
+            f"member {member} only in pyro_gradest",
+            "Pyro's SVI asks the objective to run backward; NumPyro's differentiates the loss.",
+        )
+        for objective in (_ELBO, "infer.implicit_elbo.ImplicitELBO")
+        for member in ("loss", "loss_and_grads", "differentiable_loss")
     ),
     Gap(
-        _ELBO,
-        "member loss_and_grads only in pyro_gradest",
-        "Pyro's SVI asks the objective to run backward; NumPyro's differentiates the loss itself.",
-    ),
-    Gap(
-        _ELBO,
-        "member differentiable_loss only in pyro_gradest",
-        "The NumPyro loss is differentiable as it is.",
-    ),
-    Gap(
-        _ELBO,
-        "member loss_with_mutable_state only in numpyro_gradest",
-        "Pyro keeps mutable state in modules, outside the loss.",
-    ),
-    Gap(
-        _ELBO,
-        "member can_infer_discrete only in numpyro_gradest",
-        "NumPyro's SVI refuses discrete guides unless the objective declares it; Pyro's does not.",
+        "",
+        "public infer._graph only in pyro_gradest",
+        "torch keeps a graph to walk; JAX traces functions, and a jaxpr says what they need.",
     ),
     # Each objective hands the host's arguments on: Pyro's eight together, NumPyro's one by name.
     *(
         Gap(objective, difference, "The host arguments of MultiSampleELBO, handed on.")
         for objective in (
+            "infer.implicit_elbo.ImplicitELBO",
             "infer.iwae.IWAE",
             "infer.ovis.OVIS",
             "infer.reweighted_wake_sleep.ReweightedWakeSleep",

@@ -52,7 +52,9 @@ def _expected(value: Callable) -> set[str]:
     if inspect.isclass(value) and issubclass(value, tuple):
         return set()  # a record describes its fields in its text
     expected = {"Args"}
-    if not inspect.isabstract(value):
+    if hasattr(value, "log_prob"):
+        expected |= {"Example", "References"}  # a distribution estimates nothing
+    elif not inspect.isabstract(value):
         expected |= {"Bias and variance", "Cost", "Example", "References"}
     if inspect.isfunction(value):
         expected.add("Returns")

@@ -57,7 +57,8 @@ def _signature_differences(name: str, left: Any, right: Any) -> Iterator[Differe
 
 
 def _object_differences(name: str, left: Any, right: Any) -> Iterator[Difference]:
-    if type(left) is not type(right):
+    are_classes = inspect.isclass(left) and inspect.isclass(right)  # of metaclasses of the hosts
+    if type(left) is not type(right) and not are_classes:
         yield name, "type"
     elif callable(left) or isinstance(left, ModuleType) or inspect.isdatadescriptor(left):
         if _summary(left) != _summary(right):
@@ -74,7 +75,14 @@ def _object_differences(name: str, left: Any, right: Any) -> Iterator[Difference
 
 
 def _members(owner: type) -> dict[str, Any]:
-    return {name: value for name, value in vars(owner).items() if not name.startswith("_")}
+    """What a class adds to the host's: what it overrides is the host's contract, not ours."""
+    bases = [base for base in owner.__mro__ if base.__module__.split(".")[0] not in TWINS]
+    hosts = {name for base in bases for name in vars(base)}
+    return {
+        name: value
+        for name, value in vars(owner).items()
+        if not name.startswith("_") and name not in hosts
+    }
 
 
 def _public_objects(package: str) -> dict[str, Any]:

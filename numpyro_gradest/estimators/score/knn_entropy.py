@@ -37,7 +37,7 @@ def knn_entropy(
         ValueError: If N < 2, a sample is not finite, or ``num_neighbors`` is not positive.
 
     Bias and variance:
-        Biased, O((k/N)^(2/D)): slowly in many dimensions. Variance O(1/N).
+        Biased by design, O((k/N)^(2/D)): slowly better in many dimensions. Variance O(1/N).
 
     Cost:
         O(N^2 D) time and O(N^2) memory per batch element.
