@@ -13,9 +13,11 @@ from jaxtyping import Array, Float
 from numpyro.infer import ELBO
 
 from numpyro_gradest.estimators import (
+    calibrate_score,
     entropy_surrogate,
     knn_entropy,
     linear_surrogate,
+    stein_score,
 )
 from numpyro_gradest.infer._implicit import ImplicitGroup, implicit_groups
 from numpyro_gradest.infer._particles import Particles, read_particle, refuse_log_weights
@@ -48,7 +50,7 @@ class ImplicitELBO(ELBO):
         num_particles: K >= 2, the number of draws; take at least five per dimension of the
             implicit sites of one plate element.
         score_estimator: Function from samples ``[*plates, K, D]`` to their score, same shape;
-            ``None`` is :func:`stein_score` with its defaults.
+            ``None`` is :func:`stein_score`, corrected by :func:`calibrate_score`.
         reparam: ``"pathwise"`` differentiates through the values of explicit guide sites with a
             reparameterised sampler; ``"score"`` takes the score function at all of them.
         vectorize_particles: As in the host: ``True`` for ``vmap``, ``False`` for ``lax.map``, or a
@@ -71,6 +73,7 @@ class ImplicitELBO(ELBO):
         >>> import optax
         >>> from jax import random
         >>> from numpyro.infer import SVI
+        >>> from numpyro_gradest import Implicit
         >>> def model():
         ...     numpyro.sample("z", dist.Normal(3.0, 0.5))
         >>> def guide():
@@ -112,7 +115,7 @@ class ImplicitELBO(ELBO):
             )
         super().__init__(num_particles, vectorize_particles)
         self.reparam = reparam
-        self.score_estimator = score_estimator
+        self.score_estimator = score_estimator or _calibrated_stein_score
 
     def loss_with_mutable_state(
         self,
@@ -180,6 +183,10 @@ class ImplicitELBO(ELBO):
             weights=scale,
             learning_signal=scale * (elbo - others),
         ).sum()
+
+
+def _calibrated_stein_score(samples: Array) -> Array:
+    return calibrate_score(samples, stein_score(samples))
 
 
 def _run_particle(program: Program, key: Array) -> tuple[Particles, Groups]:

@@ -11,7 +11,13 @@ from jaxtyping import Float
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_gradest.estimators import entropy_surrogate, knn_entropy, linear_surrogate
+from pyro_gradest.estimators import (
+    calibrate_score,
+    entropy_surrogate,
+    knn_entropy,
+    linear_surrogate,
+    stein_score,
+)
 from pyro_gradest.infer._implicit import (
     ImplicitGroup,
     Parents,
@@ -53,7 +59,7 @@ class ImplicitELBO(ELBO):
         num_particles: K >= 2, the number of draws; take at least five per dimension of the
             implicit sites of one plate element.
         score_estimator: Function from samples ``[*plates, K, D]`` to their score, same shape;
-            ``None`` is :func:`stein_score` with its defaults.
+            ``None`` is :func:`stein_score`, corrected by :func:`calibrate_score`.
         reparam: ``"pathwise"`` differentiates through the values of explicit guide sites with a
             reparameterised sampler; ``"score"`` takes the score function at all of them.
         host_options: Options of the host's ``ELBO``: ``max_plate_nesting``,
@@ -75,6 +81,7 @@ class ImplicitELBO(ELBO):
         >>> import pyro.distributions as dist
         >>> import torch
         >>> from pyro.infer import SVI
+        >>> from pyro_gradest import Implicit
         >>> pyro.clear_param_store()
         >>> pyro.set_rng_seed(0)
         >>> def model():
@@ -118,7 +125,7 @@ class ImplicitELBO(ELBO):
             )
         super().__init__(num_particles=num_particles, **host_options)
         self.reparam = reparam
-        self.score_estimator = score_estimator
+        self.score_estimator = score_estimator or _calibrated_stein_score
         self._parents: tuple[Callable, Parents] | None = None
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -243,6 +250,10 @@ class ImplicitELBO(ELBO):
             entropy = knn_entropy(group.samples.detach().movedim(0, -2))
             elbo = elbo + (group.weight * entropy).sum()
         return elbo
+
+
+def _calibrated_stein_score(samples: Tensor) -> Tensor:
+    return calibrate_score(samples, stein_score(samples))
 
 
 def _check_loss(loss: float, particles: Particles) -> None:

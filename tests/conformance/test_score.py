@@ -557,3 +557,72 @@ def test_entropy_surrogate_refuses_an_estimator_of_another_shape(backend):
         backend.estimators.entropy_surrogate(
             backend.array(np.ones((5, 2))), score_estimator=lambda samples: samples[0]
         )
+
+
+# --- calibration and the entropy's value ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("draw", [normal, correlated, offset, two_clusters])
+def test_calibration_equals_the_oracle(backend, draw):
+    rng = np.random.default_rng(3)
+    samples, scores = draw(rng, (2, 30, 3)), rng.normal(size=(2, 30, 3))
+    actual = backend.numpy(
+        backend.estimators.calibrate_score(backend.array(samples), backend.array(scores))
+    )
+    desired = oracle.per_batch_element(oracle.calibrate, samples, scores)
+    np.testing.assert_allclose(actual, desired, rtol=1e-8, atol=1e-8 * abs(desired).max())
+
+
+def test_calibrated_scores_obey_steins_identity(backend):
+    """Whatever the estimate: the entropy's gradient along affine maps is then exact."""
+    rng = np.random.default_rng(4)
+    samples, scores = correlated(rng, (50, 4)), rng.normal(size=(50, 4))
+    calibrated = backend.numpy(
+        backend.estimators.calibrate_score(backend.array(samples), backend.array(scores))
+    )
+    moment = -(samples - samples.mean(0)).T @ calibrated / 50
+    # The regularisation of the covariance is what is left.
+    np.testing.assert_allclose(np.linalg.eigvals(moment), 1.0, atol=1e-4)
+
+
+def test_calibration_leaves_coinciding_samples_alone(backend):
+    zeros = backend.array(np.zeros((5, 2)))
+    calibrated = backend.numpy(backend.estimators.calibrate_score(zeros + 3.0, zeros))
+    np.testing.assert_array_equal(calibrated, 0.0)
+
+
+def test_calibration_refuses_other_shapes(backend):
+    with pytest.raises(ValueError, match=r"one score per sample.*\(5, 2\).*\(5, 1\)"):
+        backend.estimators.calibrate_score(
+            backend.array(np.eye(5)[:, :2]), backend.array(np.zeros((5, 1)))
+        )
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (7, 3), (2, 20, 2)], ids=str)
+@pytest.mark.parametrize("num_neighbors", [1, 3])
+def test_knn_entropy_equals_the_oracle(backend, shape, num_neighbors):
+    samples = np.random.default_rng(5).normal(size=shape)
+    actual = backend.estimators.knn_entropy(backend.array(samples), num_neighbors=num_neighbors)
+    desired = oracle.per_batch_element(lambda x: oracle.knn_entropy(x, num_neighbors), samples)
+    np.testing.assert_allclose(backend.numpy(actual), desired, rtol=1e-9, atol=1e-9)
+
+
+def test_knn_entropy_of_a_gaussian(backend):
+    samples = 2.0 * np.random.default_rng(6).normal(size=(2000, 2))
+    exact = 2 * (0.5 * np.log(2 * np.pi * np.e) + np.log(2.0))
+    actual = backend.numpy(backend.estimators.knn_entropy(backend.array(samples)))
+    # Its standard error is about 0.03 nats.
+    np.testing.assert_allclose(actual, exact, atol=0.15)
+
+
+def test_knn_entropy_of_coinciding_samples_is_finite(backend):
+    for values in (np.zeros((5, 2)), np.repeat(np.eye(3), 4, axis=0)):
+        for dtype in (np.float32, np.float64):
+            entropy = backend.estimators.knn_entropy(backend.array(values.astype(dtype)))
+            assert np.isfinite(backend.numpy(entropy)).all()
+            assert backend.numpy(entropy) < -5
+
+
+def test_knn_entropy_needs_neighbors(backend):
+    with pytest.raises(ValueError, match="num_neighbors >= 1, got 0"):
+        backend.estimators.knn_entropy(backend.array(np.eye(3)), num_neighbors=0)

@@ -267,3 +267,12 @@ def knn_entropy(samples, num_neighbors=3):
     # psi(N) - psi(k) of integers is a sum of reciprocals.
     difference = sum(1 / n for n in range(k, num_samples))
     return difference + log_volume + dim * np.mean(log_radii)
+
+
+def calibrate(samples, scores):
+    """Scores with Stein's identity for linear functions imposed, by the whitening's covariance."""
+    mean, factor = whitening(samples)
+    moment = -sum(np.outer(x - mean, g) for x, g in zip(samples, scores, strict=True))
+    missing = np.eye(samples.shape[1]) - moment / len(samples)
+    correction = np.linalg.solve(factor @ factor.T, missing)
+    return np.array([g - (x - mean) @ correction for x, g in zip(samples, scores, strict=True)])

@@ -1,5 +1,6 @@
 """Scores of distributions that can only be sampled: grad log q estimated from draws of q."""
 
+from numpyro_gradest.estimators.score.calibration import calibrate_score
 from numpyro_gradest.estimators.score.entropy import entropy_surrogate
 from numpyro_gradest.estimators.score.exponential_family import (
     CurlFreeFit,
@@ -31,6 +32,7 @@ __all__ = [
     "SpectralFit",
     "SteinFit",
     "Whitening",
+    "calibrate_score",
     "entropy_surrogate",
     "fit_kde",
     "fit_kernel_exponential_family",
