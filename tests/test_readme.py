@@ -9,13 +9,38 @@ from tests.conftest import ROOT, require_host
 _BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
+def _blocks(text: str) -> list[str]:
+    return [block for block in _BLOCKS if text in block]
+
+
 @pytest.mark.usefixtures("user_defaults")
 @pytest.mark.parametrize("host", ["numpyro", "pyro"])
 def test_example(host: str) -> None:
     require_host(host)
-    (example,) = [block for block in _BLOCKS if f"import {host}\n" in block]
+    (example,) = _blocks(f"import {host}\n")
     assert len([line for line in example.splitlines() if line.strip()]) <= 20
     names: dict = {}
     exec(example, names)
     # Data near 3 came from z = 1, data near 0 from z = 0; the exact posteriors leave no doubt.
     assert (names["posterior"].samples["z"].mean(0) > 0.5).tolist() == [False] * 3 + [True] * 3
+
+
+@pytest.mark.usefixtures("user_defaults")
+@pytest.mark.parametrize("host", ["numpyro", "pyro"])
+def test_implicit_example(host: str) -> None:
+    """In fifteen lines; it goes on where the first example ended."""
+    require_host(host)
+    (first,), (example,) = (
+        _blocks(f"import {host}\n"),
+        _blocks(f"from {host}_gradest import Implicit,"),
+    )
+    assert len([line for line in example.splitlines() if line.strip()]) <= 15
+    names: dict = {}
+    imports = [line for line in first.splitlines() if line.startswith(("import", "from"))]
+    exec("\n".join(imports), names)
+    if host == "pyro":
+        names["pyro"].set_rng_seed(0)
+    exec(example, names)
+    # The evidence is 1: what is left is the entropy's error and the approximation.
+    losses = names["implicit_result"].losses if host == "numpyro" else names["implicit_losses"]
+    assert abs(sum(float(loss) for loss in losses[-100:]) / 100) < 0.3
