@@ -1,5 +1,6 @@
 """Layer 2: model and guide in, a loss for SVI out."""
 
+from numpyro_gradest.infer.auto_implicit import AutoImplicit
 from numpyro_gradest.infer.implicit_elbo import ImplicitELBO
 from numpyro_gradest.infer.importance_samples import ImportanceSamples, importance_samples
 from numpyro_gradest.infer.iwae import IWAE
@@ -12,6 +13,7 @@ __all__ = [
     "IWAE",
     "OVIS",
     "VIMCO",
+    "AutoImplicit",
     "ImplicitELBO",
     "ImportanceSamples",
     "MultiSampleELBO",

@@ -71,6 +71,7 @@ class ImplicitELBO(ELBO):
         >>> import optax
         >>> from jax import random
         >>> from numpyro.infer import SVI
+        >>> from numpyro_gradest import Implicit
         >>> def model():
         ...     numpyro.sample("z", dist.Normal(3.0, 0.5))
         >>> def guide():

@@ -1,5 +1,6 @@
 """Layer 2: model and guide in, a loss for SVI out."""
 
+from pyro_gradest.infer.auto_implicit import AutoImplicit
 from pyro_gradest.infer.implicit_elbo import ImplicitELBO
 from pyro_gradest.infer.importance_samples import ImportanceSamples, importance_samples
 from pyro_gradest.infer.iwae import IWAE
@@ -12,6 +13,7 @@ __all__ = [
     "IWAE",
     "OVIS",
     "VIMCO",
+    "AutoImplicit",
     "ImplicitELBO",
     "ImportanceSamples",
     "MultiSampleELBO",

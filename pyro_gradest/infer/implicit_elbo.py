@@ -75,6 +75,7 @@ class ImplicitELBO(ELBO):
         >>> import pyro.distributions as dist
         >>> import torch
         >>> from pyro.infer import SVI
+        >>> from pyro_gradest import Implicit
         >>> pyro.clear_param_store()
         >>> pyro.set_rng_seed(0)
         >>> def model():

@@ -14,6 +14,7 @@ class Gap(NamedTuple):
 
 
 _ELBO = "infer.multisample_elbo.MultiSampleELBO"
+_AUTO_IMPLICIT = "infer.auto_implicit.AutoImplicit"
 _SAMPLES = "infer.importance_samples.importance_samples"
 
 KNOWN_GAPS = [
@@ -74,6 +75,17 @@ KNOWN_GAPS = [
         "",
         "public infer._graph only in pyro_gradest",
         "torch keeps a graph to walk; JAX traces functions, and a jaxpr says what they need.",
+    ),
+    # The ready implicit guide takes what the host's autoguides take.
+    Gap(
+        _AUTO_IMPLICIT,
+        "parameter prefix only in numpyro_gradest",
+        "NumPyro's autoguides name their sites by a prefix, Pyro's by the module.",
+    ),
+    Gap(
+        _AUTO_IMPLICIT,
+        "default of init_loc_fn",
+        "Each host has its own init_to_median.",
     ),
     # Each objective hands the host's arguments on: Pyro's eight together, NumPyro's one by name.
     *(
