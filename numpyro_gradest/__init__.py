@@ -10,6 +10,7 @@ from numpyro_gradest.infer import (
     ImplicitELBO,
     ImportanceSamples,
     ReweightedWakeSleep,
+    SemiImplicitELBO,
     importance_samples,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "ImplicitELBO",
     "ImportanceSamples",
     "ReweightedWakeSleep",
+    "SemiImplicitELBO",
     "estimators",
     "importance_samples",
 ]

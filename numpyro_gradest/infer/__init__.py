@@ -7,6 +7,7 @@ from numpyro_gradest.infer.iwae import IWAE
 from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO
 from numpyro_gradest.infer.ovis import OVIS
 from numpyro_gradest.infer.reweighted_wake_sleep import ReweightedWakeSleep
+from numpyro_gradest.infer.semi_implicit_elbo import SemiImplicitELBO
 from numpyro_gradest.infer.vimco import VIMCO
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "ImportanceSamples",
     "MultiSampleELBO",
     "ReweightedWakeSleep",
+    "SemiImplicitELBO",
     "importance_samples",
 ]

@@ -68,7 +68,11 @@ KNOWN_GAPS = [
             f"member {member} only in pyro_gradest",
             "Pyro's SVI asks the objective to run backward; NumPyro's differentiates the loss.",
         )
-        for objective in (_ELBO, "infer.implicit_elbo.ImplicitELBO")
+        for objective in (
+            _ELBO,
+            "infer.implicit_elbo.ImplicitELBO",
+            "infer.semi_implicit_elbo.SemiImplicitELBO",
+        )
         for member in ("loss", "loss_and_grads", "differentiable_loss")
     ),
     Gap(
@@ -95,6 +99,7 @@ KNOWN_GAPS = [
             "infer.iwae.IWAE",
             "infer.ovis.OVIS",
             "infer.reweighted_wake_sleep.ReweightedWakeSleep",
+            "infer.semi_implicit_elbo.SemiImplicitELBO",
             "infer.vimco.VIMCO",
         )
         for difference in (
