@@ -6,9 +6,11 @@ from pyro_gradest.infer import (
     IWAE,
     OVIS,
     VIMCO,
+    AutoImplicit,
     ImplicitELBO,
     ImportanceSamples,
     ReweightedWakeSleep,
+    SemiImplicitELBO,
     importance_samples,
 )
 
@@ -18,10 +20,12 @@ __all__ = [
     "IWAE",
     "OVIS",
     "VIMCO",
+    "AutoImplicit",
     "Implicit",
     "ImplicitELBO",
     "ImportanceSamples",
     "ReweightedWakeSleep",
+    "SemiImplicitELBO",
     "estimators",
     "importance_samples",
 ]

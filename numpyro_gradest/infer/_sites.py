@@ -27,6 +27,12 @@ def is_score_site(site: Site, reparam: str) -> bool:
     return reparam == "score" or not site["fn"].has_rsample
 
 
+def is_auxiliary(site: Site) -> bool:
+    """Whether the site is a draw that helps the guide and is in no model."""
+    is_draw = site["type"] == "sample" and not site["is_observed"]
+    return is_draw and bool(site["infer"].get("is_auxiliary"))
+
+
 def is_deterministic(site: Site) -> bool:
     """Whether the site is a point mass, whose value is a parameter rather than a draw."""
     fn = site["fn"]

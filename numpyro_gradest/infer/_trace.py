@@ -12,7 +12,7 @@ from numpyro.util import check_model_guide_match
 
 from numpyro_gradest.infer._implicit import implicit_parents, take_implicit_sites
 from numpyro_gradest.infer._plates import CommonPlates, plate_dims
-from numpyro_gradest.infer._sites import Site, Trace, is_score_site, samples
+from numpyro_gradest.infer._sites import Site, Trace, is_auxiliary, is_score_site, samples
 
 
 class Program(NamedTuple):
@@ -61,6 +61,20 @@ def trace_particle(program: Program, key: Array) -> tuple[Trace, Trace]:
         parents = implicit_parents(guide, guide_trace, program.args, program.kwargs)
         take_implicit_sites(model_trace, guide_trace, parents)
     return model_trace, guide_trace
+
+
+def trace_guide_at(program: Program, guide_trace: Trace, key: Array) -> Trace:
+    """Trace the guide again at the latents and subsamples it drew, with other auxiliary draws."""
+    latents = {
+        name: value
+        for name, value in _drawn(guide_trace).items()
+        if not is_auxiliary(guide_trace[name])
+    }
+    params = jax.tree.map(lambda leaf: leaf, program.params)
+    data = params | latents | mutable_state_of(guide_trace)
+    guide = handlers.substitute(handlers.seed(program.guide, key), data=data)
+    with _DetachScoreSites(program.reparam):
+        return handlers.trace(guide).get_trace(*program.args, **program.kwargs)
 
 
 def latent_values(model_trace: Trace) -> dict[str, Array]:

@@ -80,5 +80,6 @@ class Implicit(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         raise NotImplementedError(
             "An Implicit site has no density that could be evaluated. Train its guide with "
-            "loss=ImplicitELBO(num_particles=...), which needs none; other losses do."
+            "loss=ImplicitELBO(num_particles=...), which needs none; other losses and "
+            "importance weights do."
         )

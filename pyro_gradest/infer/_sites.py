@@ -29,6 +29,11 @@ def is_score_site(site: Site, reparam: str) -> bool:
     return not is_deterministic(fn) and (reparam == "score" or not fn.has_rsample)
 
 
+def is_auxiliary(site: Site) -> bool:
+    """Whether the site is a draw that helps the guide and is in no model."""
+    return not site["is_observed"] and bool((site["infer"] or {}).get("is_auxiliary"))
+
+
 def is_deterministic(fn: Any) -> bool:
     """Whether the site is a point mass, whose value is a parameter rather than a draw."""
     while hasattr(fn, "base_dist") and not isinstance(fn, dist.TransformedDistribution):

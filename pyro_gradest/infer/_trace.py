@@ -18,6 +18,7 @@ from pyro_gradest.infer._plates import PARTICLE_PLATE, CommonPlates, plate_dims
 from pyro_gradest.infer._sites import (
     Site,
     Trace,
+    is_auxiliary,
     is_score_site,
     is_subsample,
     samples,
@@ -84,6 +85,36 @@ def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]
         for _, site in samples(model_trace) + samples(guide_trace):
             check_site_shape(site, nesting)  # type: ignore[arg-type]  # may be inf
     return model_trace, guide_trace
+
+
+def trace_guide_at(
+    program: Program, guide_trace: Trace, num_particles: int, num_copies: int
+) -> Trace:
+    """Trace the guide again at the latents it drew, with other auxiliary draws.
+
+    The plate of the particles holds ``num_copies`` of each, one group of all after the other.
+    """
+    guide, nesting = program.guide, program.max_plate_nesting
+    size = num_particles * num_copies
+    if size > 1:
+        nesting += 1
+        guide = in_particle_plate(guide, size, nesting)
+    latents = {}
+    for name, site in samples(guide_trace):
+        if not (site["is_observed"] or is_auxiliary(site)):
+            value = site["value"]
+            if num_copies > 1:
+                missing = int(nesting) + site["fn"].event_dim - value.dim()
+                value = value.reshape((1,) * missing + value.shape)
+                value = value.repeat(num_copies, *[1] * (value.dim() - 1))
+            latents[name] = value
+    with ShareSubsamples(program.subsamples), _DetachScoreSites(program.reparam):
+        trace = poutine.trace(poutine.condition(guide, latents)).get_trace(
+            *program.args, **program.kwargs
+        )
+    trace = prune_subsample_sites(trace)
+    trace.compute_log_prob()
+    return trace
 
 
 def deepest_plate(model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> int:

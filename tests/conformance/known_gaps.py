@@ -14,6 +14,7 @@ class Gap(NamedTuple):
 
 
 _ELBO = "infer.multisample_elbo.MultiSampleELBO"
+_AUTO_IMPLICIT = "infer.auto_implicit.AutoImplicit"
 _SAMPLES = "infer.importance_samples.importance_samples"
 
 KNOWN_GAPS = [
@@ -67,13 +68,28 @@ KNOWN_GAPS = [
             f"member {member} only in pyro_gradest",
             "Pyro's SVI asks the objective to run backward; NumPyro's differentiates the loss.",
         )
-        for objective in (_ELBO, "infer.implicit_elbo.ImplicitELBO")
+        for objective in (
+            _ELBO,
+            "infer.implicit_elbo.ImplicitELBO",
+            "infer.semi_implicit_elbo.SemiImplicitELBO",
+        )
         for member in ("loss", "loss_and_grads", "differentiable_loss")
     ),
     Gap(
         "",
         "public infer._graph only in pyro_gradest",
         "torch keeps a graph to walk; JAX traces functions, and a jaxpr says what they need.",
+    ),
+    # The ready implicit guide takes what the host's autoguides take.
+    Gap(
+        _AUTO_IMPLICIT,
+        "parameter prefix only in numpyro_gradest",
+        "NumPyro's autoguides name their sites by a prefix, Pyro's by the module.",
+    ),
+    Gap(
+        _AUTO_IMPLICIT,
+        "default of init_loc_fn",
+        "Each host has its own init_to_median.",
     ),
     # Each objective hands the host's arguments on: Pyro's eight together, NumPyro's one by name.
     *(
@@ -83,6 +99,7 @@ KNOWN_GAPS = [
             "infer.iwae.IWAE",
             "infer.ovis.OVIS",
             "infer.reweighted_wake_sleep.ReweightedWakeSleep",
+            "infer.semi_implicit_elbo.SemiImplicitELBO",
             "infer.vimco.VIMCO",
         )
         for difference in (
