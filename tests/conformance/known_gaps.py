@@ -90,6 +90,17 @@ KNOWN_GAPS = [
             "parameter vectorize_particles only in numpyro_gradest",
         )
     ),
+    # Directions that are drawn.
+    Gap(
+        "estimators.score.sliced_wasserstein.sliced_wasserstein",
+        "parameter key only in numpyro_gradest",
+        "JAX's random numbers come from an explicit key.",
+    ),
+    Gap(
+        "estimators.score.sliced_wasserstein.sliced_wasserstein",
+        "parameter generator only in pyro_gradest",
+        "torch's random numbers come from a generator, its own if none is named.",
+    ),
     # Posterior draws.
     Gap(
         _SAMPLES,
