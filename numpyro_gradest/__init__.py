@@ -1,6 +1,7 @@
 """Gradient estimators for variational inference in NumPyro."""
 
 from numpyro_gradest import estimators
+from numpyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, check_implicit_fit
 from numpyro_gradest.distributions import Implicit
 from numpyro_gradest.infer import (
     IWAE,
@@ -20,8 +21,11 @@ __all__ = [
     "VIMCO",
     "Implicit",
     "ImplicitELBO",
+    "ImplicitFitReport",
+    "ImplicitSitesCheck",
     "ImportanceSamples",
     "ReweightedWakeSleep",
+    "check_implicit_fit",
     "estimators",
     "importance_samples",
 ]

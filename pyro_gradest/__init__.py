@@ -1,6 +1,7 @@
 """Gradient estimators for variational inference in Pyro."""
 
 from pyro_gradest import estimators
+from pyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, check_implicit_fit
 from pyro_gradest.distributions import Implicit
 from pyro_gradest.infer import (
     IWAE,
@@ -20,8 +21,11 @@ __all__ = [
     "VIMCO",
     "Implicit",
     "ImplicitELBO",
+    "ImplicitFitReport",
+    "ImplicitSitesCheck",
     "ImportanceSamples",
     "ReweightedWakeSleep",
+    "check_implicit_fit",
     "estimators",
     "importance_samples",
 ]

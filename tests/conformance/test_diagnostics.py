@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 from functools import partial
 
 import numpy as np
@@ -280,3 +281,76 @@ def test_references_that_do_not_fit_are_refused(backend):
         function(samples, single)
     with pytest.raises(ValueError, match="num_projections as an integer >= 1, got 0"):
         function(samples, reference, num_projections=0)
+
+
+# The report
+
+TRUSTED = {
+    "sites": ("z", "w"),
+    "num_elements": 1,
+    "dim": 2,
+    "num_particles": 50,
+    "num_samples": 1000,
+    "shrinkage": 0.98,
+    "narrowest": 0.95,
+    "widest": 1.04,
+    "kernel_stein_discrepancy": 0.1,
+    "equivalent_draws": 800.0,
+    "sliced_wasserstein": 0.1,
+    "num_reference": 1000,
+}
+
+
+def report_of(backend, **figures):
+    check = backend.package.ImplicitSitesCheck(**TRUSTED | figures)
+    return backend.package.ImplicitFitReport((check,))
+
+
+def test_report_of_a_fit_to_trust(backend):
+    assert report_of(backend).is_trusted
+    assert str(report_of(backend)).splitlines() == [
+        "sites  D  shrinkage  narrowest  widest  worth draws  distance",
+        "z, w   2  0.98       0.95       1.04    800          0.10",
+        "Trust this fit, as far as these figures see.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ({"shrinkage": 0.85}, "too narrow. Raise num_particles to 100 or more, .*score_estimator"),
+        ({"shrinkage": 0.85, "num_particles": 5}, "Raise num_particles to 10 or more"),
+        ({"shrinkage": 1.2}, "too wide. Take another score_estimator"),
+        ({"narrowest": 0.5}, "0.50 of the target's variance: too narrow. .*learning rate.*width"),
+        ({"widest": 2.0}, "2.00 times the target's variance: too wide. .*learning rate"),
+        ({"equivalent_draws": 20.0}, "as far from the target as 20 exact ones"),
+        ({"sliced_wasserstein": 0.5}, "Nothing else shows it: it is likely to miss a mode"),
+        ({"sliced_wasserstein": 0.5, "narrowest": 0.5}, "It may miss a mode"),
+    ],
+)
+def test_report_says_what_to_change(backend, figures, words):
+    report = report_of(backend, **figures)
+    assert not report.is_trusted
+    assert re.search(f"(?s)Do not trust this fit:\n- z, w: .*{words}", str(report))
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ({"sliced_wasserstein": None, "num_reference": 0}, "a mode .* without reference draws"),
+        ({"num_particles": 9}, "num_particles=9 is few for 2 dimensions; the rule is 10"),
+        ({"num_samples": 99}, "Pass num_samples=100"),
+    ],
+)
+def test_report_says_what_it_can_not_tell(backend, figures, words):
+    report = report_of(backend, **figures)
+    assert report.is_trusted
+    assert re.search(words, str(report))
+
+
+def test_report_allows_for_chance(backend):
+    assert not report_of(backend, narrowest=0.55).is_trusted
+    assert report_of(backend, narrowest=0.55, num_elements=1000).is_trusted
+    assert report_of(backend, narrowest=0.55, num_samples=200).is_trusted
+    assert report_of(backend, sliced_wasserstein=0.4, num_reference=100).is_trusted
+    assert not report_of(backend, sliced_wasserstein=0.4).is_trusted
