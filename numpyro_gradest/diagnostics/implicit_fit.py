@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -144,15 +145,13 @@ def _check(
         [_shrinkages(group.samples[part], num_particles, estimator) for part in parts]
     )
     samples = [(group.samples[part], group.model_scores[part]) for part in parts]
-    eigenvalues = jnp.concatenate([_width_ratios(*each) for each in samples])
-    discrepancy, equivalent = map(
-        jnp.concatenate, zip(*[_shapes(*each) for each in samples], strict=True)
-    )
+    figures = jax.jit(partial(_figures, num_particles=num_particles, estimator=estimator))
+    columns = zip(*[figures(*each) for each in samples], strict=True)
+    c, eigenvalues, discrepancy, equivalent = map(jnp.concatenate, columns)
     distance, num_reference = None, 0
     if group.reference is not None:
-        whitening = fit_whitening(group.reference)
-        points = whitening.points(group.samples), whitening.points(group.reference)
-        distance, num_reference = sliced_wasserstein(key, *points).max().item(), points[1].shape[-2]
+        distances = jax.jit(_distances)(key, group.samples, group.reference)
+        distance, num_reference = distances.max().item(), group.reference.shape[-2]
     return ImplicitSitesCheck(
         sites=group.sites,
         num_elements=num_elements,
@@ -167,6 +166,16 @@ def _check(
         sliced_wasserstein=distance,
         num_reference=num_reference,
     )
+
+
+def _figures(
+    samples: Float[Array, " E N D"],
+    scores: Float[Array, " E N D"],
+    num_particles: int,
+    estimator: ScoreEstimator,
+) -> tuple[Array, ...]:
+    c = _shrinkages(samples, num_particles, estimator)
+    return c, _width_ratios(samples, scores), *_shapes(samples, scores)
 
 
 def _shrinkages(
@@ -196,3 +205,11 @@ def _shapes(
     # The square is that of the draws themselves at least, but for chance.
     equivalent = of_one / jnp.maximum(squared, of_one / samples.shape[-2])
     return jnp.sqrt(jnp.maximum(squared, 0.0)), equivalent
+
+
+def _distances(
+    key: Array, samples: Float[Array, " E N D"], reference: Float[Array, " E R D"]
+) -> Float[Array, " E"]:
+    """In the standard deviations of the reference draws."""
+    whitening = fit_whitening(reference)
+    return sliced_wasserstein(key, whitening.points(samples), whitening.points(reference))

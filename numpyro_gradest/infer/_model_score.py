@@ -40,11 +40,11 @@ def score_draws(
     plate_key, draw_key = jax.random.split(key)
     program = program.with_plate_key(plate_key)
     run = partial(_score_one, program)
-    drawn, scores = jax.vmap(run)(jax.random.split(draw_key, num_draws))
+    drawn, scores = jax.jit(jax.vmap(run))(jax.random.split(draw_key, num_draws))
     wanted = None
     if reference is not None:
         traces = trace_particle(program, draw_key)
-        wanted = jax.vmap(partial(_groups_at, *traces))(_checked(reference, traces[1]))
+        wanted = jax.jit(jax.vmap(partial(_groups_at, *traces)))(_checked(reference, traces[1]))
     groups = []
     for sites, group in drawn.items():
         weight = group.weight[0].reshape(-1)
@@ -63,6 +63,13 @@ def score_draws(
                 reference=None if wanted is None else by_element(wanted[sites].samples),
             )
         )
+    for each in groups:
+        if not jnp.isfinite(each.model_scores).all():
+            raise ValueError(
+                f"The model's score at a draw of the implicit sites {list(each.sites)} is not "
+                "finite: the draw is not, or it lies outside of the model's support. Check the "
+                "guide's parameters."
+            )
     return groups
 
 

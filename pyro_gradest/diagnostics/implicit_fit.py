@@ -140,15 +140,12 @@ def _check(group: ScoredGroup, num_particles: int, estimator: ScoreEstimator) ->
     parts = [slice(start, start + step) for start in range(0, num_elements, step)]
     c = torch.cat([_shrinkages(group.samples[part], num_particles, estimator) for part in parts])
     samples = [(group.samples[part], group.model_scores[part]) for part in parts]
-    eigenvalues = torch.cat([_width_ratios(*each) for each in samples])
-    discrepancy, equivalent = map(
-        torch.cat, zip(*[_shapes(*each) for each in samples], strict=True)
-    )
+    columns = zip(*[_figures(*each, num_particles, estimator) for each in samples], strict=True)
+    c, eigenvalues, discrepancy, equivalent = map(torch.cat, columns)
     distance, num_reference = None, 0
     if group.reference is not None:
-        whitening = fit_whitening(group.reference)
-        points = whitening.points(group.samples), whitening.points(group.reference)
-        distance, num_reference = sliced_wasserstein(*points).max().item(), points[1].shape[-2]
+        distance = _distances(group.samples, group.reference).max().item()
+        num_reference = group.reference.shape[-2]
     return ImplicitSitesCheck(
         sites=group.sites,
         num_elements=num_elements,
@@ -163,6 +160,16 @@ def _check(group: ScoredGroup, num_particles: int, estimator: ScoreEstimator) ->
         sliced_wasserstein=distance,
         num_reference=num_reference,
     )
+
+
+def _figures(
+    samples: Float[Tensor, " E N D"],
+    scores: Float[Tensor, " E N D"],
+    num_particles: int,
+    estimator: ScoreEstimator,
+) -> tuple[Tensor, ...]:
+    c = _shrinkages(samples, num_particles, estimator)
+    return c, _width_ratios(samples, scores), *_shapes(samples, scores)
 
 
 def _shrinkages(
@@ -192,3 +199,11 @@ def _shapes(
     # The square is that of the draws themselves at least, but for chance.
     equivalent = of_one / torch.maximum(squared, of_one / samples.shape[-2])
     return squared.clamp(min=0.0).sqrt(), equivalent
+
+
+def _distances(
+    samples: Float[Tensor, " E N D"], reference: Float[Tensor, " E R D"]
+) -> Float[Tensor, " E"]:
+    """In the standard deviations of the reference draws."""
+    whitening = fit_whitening(reference)
+    return sliced_wasserstein(whitening.points(samples), whitening.points(reference))

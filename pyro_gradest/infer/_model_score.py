@@ -67,6 +67,13 @@ def score_draws(
                 reference=None if one is None else by_element(one.samples),
             )
         )
+    for each in groups:
+        if not torch.isfinite(each.model_scores).all():
+            raise ValueError(
+                f"The model's score at a draw of the implicit sites {list(each.sites)} is not "
+                "finite: the draw is not, or it lies outside of the model's support. Check the "
+                "guide's parameters."
+            )
     return groups
 
 

@@ -15,6 +15,7 @@ from numpyro_gradest.infer._model_score import score_draws
 from numpyro_gradest.infer._trace import Program
 
 X = jnp.array([0.9, -0.4, 0.1, 1.7])
+INF = float("inf")
 MASK = jnp.array([True, False, True, True])
 
 
@@ -188,6 +189,7 @@ def subsampled_guide():
         (partial(check, gaussian, lambda: gaussian()), "needs a guide with Implicit sites"),
         (partial(check, subsampled, subsampled_guide), "'data' is subsampled.*all of the data"),
         (partial(check, gaussian, gaussian_guide(), {}), "'z' is not among"),
+        (partial(check, gaussian, gaussian_guide(scale=INF)), r"sites \['z'\] is not finite"),
         (
             partial(check, gaussian, gaussian_guide(), {"z": jnp.zeros((5, 2))}),
             r"site 'z' need the shape \[R >= 2, \*\(3,\)\], got \(5, 2\)",

@@ -15,6 +15,7 @@ from pyro_gradest.infer._model_score import score_draws
 from pyro_gradest.infer.multisample_elbo import program_of
 
 X = torch.tensor([0.9, -0.4, 0.1, 1.7])
+INF = float("inf")
 MASK = torch.tensor([True, False, True, True])
 each_run = pytest.mark.parametrize("vectorize", [False, True], ids=["loop", "vectorized"])
 
@@ -194,6 +195,7 @@ def subsampled_guide():
         (partial(check, gaussian, lambda: gaussian()), "needs a guide with Implicit sites"),
         (partial(check, subsampled, subsampled_guide), "'data' is subsampled.*all of the data"),
         (partial(check, gaussian, gaussian_guide(), {}), "'z' is not among"),
+        (partial(check, gaussian, gaussian_guide(scale=INF)), r"sites \['z'\] is not finite"),
         (
             partial(check, gaussian, gaussian_guide(), {"z": torch.zeros(5, 2)}),
             r"site 'z' need the shape \[R >= 2, \*\(3,\)\], got \(5, 2\)",
