@@ -1,6 +1,7 @@
 """Gradient estimators for variational inference in NumPyro."""
 
 from numpyro_gradest import estimators
+from numpyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, check_implicit_fit
 from numpyro_gradest.distributions import Implicit
 from numpyro_gradest.infer import (
     IWAE,
@@ -23,9 +24,12 @@ __all__ = [
     "AutoImplicit",
     "Implicit",
     "ImplicitELBO",
+    "ImplicitFitReport",
+    "ImplicitSitesCheck",
     "ImportanceSamples",
     "ReweightedWakeSleep",
     "SemiImplicitELBO",
+    "check_implicit_fit",
     "estimators",
     "importance_samples",
 ]

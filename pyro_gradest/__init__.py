@@ -1,6 +1,7 @@
 """Gradient estimators for variational inference in Pyro."""
 
 from pyro_gradest import estimators
+from pyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, check_implicit_fit
 from pyro_gradest.distributions import Implicit
 from pyro_gradest.infer import (
     IWAE,
@@ -23,9 +24,12 @@ __all__ = [
     "AutoImplicit",
     "Implicit",
     "ImplicitELBO",
+    "ImplicitFitReport",
+    "ImplicitSitesCheck",
     "ImportanceSamples",
     "ReweightedWakeSleep",
     "SemiImplicitELBO",
+    "check_implicit_fit",
     "estimators",
     "importance_samples",
 ]

@@ -165,7 +165,7 @@ def _unwrapped(fn: Any) -> Any:
 
 def _join(plates: tuple[str, ...], sites: dict[str, Site]) -> ImplicitGroup:
     _check_same_weight(sites)
-    weight = [_by_plate(plates, site, _weight(site))[..., 0] for site in sites.values()]
+    weight = [_by_plate(plates, site, weight_of(site))[..., 0] for site in sites.values()]
     drawn = [_by_plate(plates, site, site["implicit"]) for site in sites.values()]
     return ImplicitGroup(jnp.concatenate(drawn, axis=-1), weight[0])
 
@@ -178,7 +178,8 @@ def _by_plate(plates: tuple[str, ...], site: Site, array: Array) -> Array:
     return array.reshape(*array.shape[: len(axes)], -1)
 
 
-def _weight(site: Site) -> Array:
+def weight_of(site: Site) -> Array:
+    """What multiplies the entropy of a site: its scale and mask."""
     scale = 1.0 if site["scale"] is None else site["scale"]
     return jnp.ones(site["fn"].batch_shape) * scale * mask_of(site["fn"])
 

@@ -172,19 +172,22 @@ def _refuse_observed(site: Site) -> None:
         )
 
 
+def weight_of(site: Site) -> Tensor:
+    """What multiplies the entropy of a site: its scale and mask."""
+    mask = both(mask_of(site["fn"]), True if site["mask"] is None else site["mask"])
+    drawn = site["implicit"]
+    ones = torch.ones(site["fn"].batch_shape, dtype=drawn.dtype, device=drawn.device)
+    return ones * site["scale"] * mask
+
+
 def _by_plate(site: Site) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """Plates from the left, the draws ``[*plates, D]`` and their weight ``[*plates]``."""
-    unconstrained = site["implicit"]
-    mask = both(mask_of(site["fn"]), True if site["mask"] is None else site["mask"])
+    unconstrained, batch_shape = site["implicit"], site["fn"].batch_shape
     dims = plate_dims(site)
     plates = tuple(sorted(dims, key=dims.__getitem__))
-    batch_shape = site["fn"].batch_shape
-    batch = len(batch_shape)
     sizes = [batch_shape[dims[plate]] for plate in plates]
-    weight = torch.ones(batch_shape, dtype=unconstrained.dtype, device=unconstrained.device)
-    weight = (weight * site["scale"] * mask).reshape(sizes)
-    event = unconstrained.shape[batch:].numel()
-    return plates, unconstrained.reshape(*sizes, event), weight
+    event = unconstrained.shape[len(batch_shape) :].numel()
+    return plates, unconstrained.reshape(*sizes, event), weight_of(site).reshape(sizes)
 
 
 def _join(members: list[tuple[str, Tensor, Tensor]]) -> ImplicitGroup:

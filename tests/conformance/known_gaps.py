@@ -15,7 +15,10 @@ class Gap(NamedTuple):
 
 _ELBO = "infer.multisample_elbo.MultiSampleELBO"
 _AUTO_IMPLICIT = "infer.auto_implicit.AutoImplicit"
-_SAMPLES = "infer.importance_samples.importance_samples"
+_RUNS = (
+    "infer.importance_samples.importance_samples",
+    "diagnostics.implicit_fit.check_implicit_fit",
+)
 
 KNOWN_GAPS = [
     # The constructor accepts every argument of the host's own ELBO, and no other.
@@ -107,25 +110,30 @@ KNOWN_GAPS = [
             "parameter vectorize_particles only in numpyro_gradest",
         )
     ),
-    # Posterior draws.
+    # Directions that are drawn.
     Gap(
-        _SAMPLES,
-        "parameter rng_key only in numpyro_gradest",
-        "NumPyro's random numbers come from an explicit key, Pyro's from torch's generator.",
+        "estimators.score.sliced_wasserstein.sliced_wasserstein",
+        "parameter key only in numpyro_gradest",
+        "JAX's random numbers come from an explicit key.",
     ),
     Gap(
-        _SAMPLES,
-        "parameter params only in numpyro_gradest",
-        "NumPyro's SVI returns the parameters; Pyro keeps them in its parameter store.",
+        "estimators.score.sliced_wasserstein.sliced_wasserstein",
+        "parameter generator only in pyro_gradest",
+        "torch's random numbers come from a generator, its own if none is named.",
     ),
-    Gap(
-        _SAMPLES,
-        "parameter max_plate_nesting only in pyro_gradest",
-        "As for the objectives: where the particle plate goes.",
-    ),
-    Gap(
-        _SAMPLES,
-        "parameter vectorize_particles only in pyro_gradest",
-        "NumPyro always maps over keys; Pyro vectorises only programs that broadcast.",
+    # Functions that draw from a fitted guide.
+    *(
+        Gap(function, difference, reason)
+        for function in _RUNS
+        for difference, reason in {
+            "parameter rng_key only in numpyro_gradest": "NumPyro's random numbers come from an "
+            "explicit key, Pyro's from torch's generator.",
+            "parameter params only in numpyro_gradest": "NumPyro's SVI returns the parameters; "
+            "Pyro keeps them in its parameter store.",
+            "parameter max_plate_nesting only in pyro_gradest": "As for the objectives: where the "
+            "particle plate goes.",
+            "parameter vectorize_particles only in pyro_gradest": "NumPyro always maps over keys; "
+            "Pyro vectorises only programs that broadcast.",
+        }.items()
     ),
 ]

@@ -22,7 +22,16 @@ ARRAYS = {"pyro": {"torch"}, "numpyro": {"jax"}}
 EVERYWHERE = {"numpy", "jaxtyping", *sys.stdlib_module_names}
 
 # The modules of infer/ that may run a program under a trace and read the trace's sites.
-SEAM = ("_particles", "_trace", "_plates", "_sites", "_dreams", "_implicit", "_semi_implicit")
+SEAM = (
+    "_particles",
+    "_trace",
+    "_plates",
+    "_sites",
+    "_dreams",
+    "_implicit",
+    "_semi_implicit",
+    "_model_score",
+)
 TRACING = {"get_trace", "get_importance_trace", "log_density", "trace"}
 TRACE_ATTRIBUTES = {
     "compute_log_prob",

@@ -276,3 +276,41 @@ def calibrate(samples, scores):
     missing = np.eye(samples.shape[1]) - moment / len(samples)
     correction = np.linalg.solve(factor @ factor.T, missing)
     return np.array([g - (x - mean) @ correction for x, g in zip(samples, scores, strict=True)])
+
+
+def stein_identity(samples, scores):
+    mean = sum(samples) / len(samples)
+    return -sum(np.outer(s, x - mean) for x, s in zip(samples, scores, strict=True)) / len(samples)
+
+
+def shrinkage(samples, scores):
+    mean = sum(samples) / len(samples)
+    total = sum(g @ (x - mean) for x, g in zip(samples, scores, strict=True))
+    return -total / samples.size
+
+
+def kernel_stein_discrepancy(samples, scores, *, kernel="IMQ", bandwidth=None, whiten=True):
+    mean, factor = whitening(samples, whiten)
+    points = np.array([np.linalg.solve(factor, x - mean) for x in samples])
+    scores = np.array([factor.T @ s for s in scores])
+    kernel = Kernel(kernel, median_bandwidth(points) if bandwidth is None else bandwidth)
+
+    def stein_kernel(x, y, s, t):
+        # Derivatives in y are those in x with the other sign.
+        value = s @ t * kernel.value(x, y) - np.trace(kernel.hessian(x, y))
+        return value - s @ kernel.gradient(x, y) + t @ kernel.gradient(x, y)
+
+    pairs = list(zip(points, scores, strict=True))
+    total = sum(stein_kernel(x, y, s, t) for x, s in pairs for y, t in pairs)
+    return np.sqrt(total) / len(samples)
+
+
+def sliced_wasserstein(samples, reference, directions):
+    """Each draw repeated until both sets have as many, matched in order."""
+    size = math.lcm(len(samples), len(reference))
+    squares = []
+    for direction in directions:
+        left = np.repeat(np.sort([direction @ x for x in samples]), size // len(samples))
+        right = np.repeat(np.sort([direction @ y for y in reference]), size // len(reference))
+        squares.append(np.mean((left - right) ** 2))
+    return np.sqrt(np.mean(squares))

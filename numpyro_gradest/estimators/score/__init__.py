@@ -18,8 +18,11 @@ from numpyro_gradest.estimators.score.parametric import (
     parametric_stein_score,
     score_matching_score,
 )
+from numpyro_gradest.estimators.score.sliced_wasserstein import sliced_wasserstein
 from numpyro_gradest.estimators.score.spectral import SpectralFit, fit_spectral, spectral_score
 from numpyro_gradest.estimators.score.stein import SteinFit, fit_stein, stein_score
+from numpyro_gradest.estimators.score.stein_discrepancy import kernel_stein_discrepancy
+from numpyro_gradest.estimators.score.stein_identity import shrinkage, stein_identity
 from numpyro_gradest.estimators.score.whitening import Whitening, fit_whitening
 
 __all__ = [
@@ -44,11 +47,15 @@ __all__ = [
     "fit_whitening",
     "kde_score",
     "kernel_exponential_family_score",
+    "kernel_stein_discrepancy",
     "knn_entropy",
     "median_bandwidth",
     "nu_method_score",
     "parametric_stein_score",
     "score_matching_score",
+    "shrinkage",
+    "sliced_wasserstein",
     "spectral_score",
+    "stein_identity",
     "stein_score",
 ]

@@ -16,8 +16,13 @@ from jaxtyping import Array, Float
 SMALLEST_RIDGE_IN_FLOAT32 = 1e-3
 
 
-def as_samples(samples: Any, *, caller: str) -> Float[Array, " *batch N D"]:
-    """Return ``samples`` as a detached floating-point array of N >= 2 finite samples."""
+def as_samples(
+    samples: Any, *, caller: str, may_be_few: bool = False
+) -> Float[Array, " *batch N D"]:
+    """Return ``samples`` as a detached floating-point array of N >= 2 finite samples.
+
+    Below N = D a warning is given, unless the samples ``may_be_few``: no score is made of them.
+    """
     samples = jnp.asarray(samples)
     if samples.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(
@@ -39,7 +44,7 @@ def as_samples(samples: Any, *, caller: str) -> Float[Array, " *batch N D"]:
         )
     if dim < 1:
         raise ValueError(f"{caller} needs samples of one dimension or more, got shape {shape}.")
-    if num_samples < dim:
+    if num_samples < dim and not may_be_few:
         warnings.warn(
             f"{caller} got {num_samples} samples in {dim} dimensions (shape {shape}): they do not "
             f"span the space, so the score is shrunk in every direction. Use K >= 5 D, that is "
@@ -78,6 +83,48 @@ def as_points(
             f"fitted to, got {points.shape}. A single point is points[None]."
         )
     return jax.lax.stop_gradient(points)
+
+
+def as_scores(
+    scores: Any, samples: Float[Array, " *batch N D"], *, caller: str
+) -> Float[Array, " *batch N D"]:
+    """Return ``scores`` detached, having checked that there is a finite one for each sample."""
+    scores = jnp.asarray(scores)
+    if scores.dtype != samples.dtype:
+        raise TypeError(
+            f"{caller} needs scores of the samples' dtype {samples.dtype}, got {scores.dtype}."
+        )
+    if scores.shape != samples.shape:
+        raise ValueError(
+            f"{caller} needs one score for each sample, of shape {samples.shape}, got "
+            f"{scores.shape}."
+        )
+    if is_false(jnp.all(jnp.isfinite(scores))):
+        raise ValueError(
+            f"{caller} needs finite scores, got nan or inf. Often a sample lies outside of the "
+            "model's support, or where its density has a pole."
+        )
+    return jax.lax.stop_gradient(scores)
+
+
+def as_reference(
+    reference: Any, samples: Float[Array, " *batch N D"], *, caller: str
+) -> Float[Array, " *batch P D"]:
+    """Return ``reference`` detached, having checked that it goes with the samples."""
+    reference = jnp.asarray(reference)
+    if reference.dtype != samples.dtype:
+        raise TypeError(
+            f"{caller} needs reference draws of the samples' dtype {samples.dtype}, got "
+            f"{reference.dtype}."
+        )
+    reference = as_samples(reference, caller=caller, may_be_few=True)
+    if reference.shape[:-2] != samples.shape[:-2] or reference.shape[-1] != samples.shape[-1]:
+        wanted = [*map(str, samples.shape[:-2]), "P", str(samples.shape[-1])]
+        raise ValueError(
+            f"{caller} needs reference draws of shape [{', '.join(wanted)}] to go with the "
+            f"samples, got {reference.shape}."
+        )
+    return reference
 
 
 def check_ridge(ridge: Any, dtype: jnp.dtype, *, caller: str) -> None:

@@ -34,6 +34,10 @@ class Whitening(NamedTuple):
             return score
         return _solve_from_the_right(self.factor, score, transposed=False)
 
+    def whitened_score(self, score: Float[Array, " *batch P D"]) -> Float[Array, " *batch P D"]:
+        """The reverse: gradient in whitened units, L^T times that in the units of the samples."""
+        return score if self.factor is None else product(score, self.factor)
+
 
 def fit_whitening(samples: Float[Array, " *batch N D"]) -> Whitening:
     r"""Whitening of samples by the Cholesky factor of their covariance.

@@ -16,8 +16,13 @@ from torch import Tensor
 SMALLEST_RIDGE_IN_FLOAT32 = 1e-3
 
 
-def as_samples(samples: Any, *, caller: str) -> Float[Tensor, " *batch N D"]:
-    """Return ``samples`` as a detached floating-point array of N >= 2 finite samples."""
+def as_samples(
+    samples: Any, *, caller: str, may_be_few: bool = False
+) -> Float[Tensor, " *batch N D"]:
+    """Return ``samples`` as a detached floating-point array of N >= 2 finite samples.
+
+    Below N = D a warning is given, unless the samples ``may_be_few``: no score is made of them.
+    """
     if not isinstance(samples, Tensor):
         raise TypeError(
             f"{caller} needs samples as a torch.Tensor, got {type(samples).__name__}. "
@@ -43,7 +48,7 @@ def as_samples(samples: Any, *, caller: str) -> Float[Tensor, " *batch N D"]:
         )
     if dim < 1:
         raise ValueError(f"{caller} needs samples of one dimension or more, got shape {shape}.")
-    if num_samples < dim:
+    if num_samples < dim and not may_be_few:
         warnings.warn(
             f"{caller} got {num_samples} samples in {dim} dimensions (shape {shape}): they do not "
             f"span the space, so the score is shrunk in every direction. Use K >= 5 D, that is "
@@ -82,6 +87,45 @@ def as_points(
             f"fitted to, got {tuple(points.shape)}. A single point is points[None]."
         )
     return points.detach()
+
+
+def as_scores(
+    scores: Any, samples: Float[Tensor, " *batch N D"], *, caller: str
+) -> Float[Tensor, " *batch N D"]:
+    """Return ``scores`` detached, having checked that there is a finite one for each sample."""
+    if not isinstance(scores, Tensor) or scores.dtype != samples.dtype:
+        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"{caller} needs scores of the samples' dtype {samples.dtype}, got {got}.")
+    if scores.shape != samples.shape:
+        raise ValueError(
+            f"{caller} needs one score for each sample, of shape {tuple(samples.shape)}, got "
+            f"{tuple(scores.shape)}."
+        )
+    if is_false(torch.isfinite(scores).all()):
+        raise ValueError(
+            f"{caller} needs finite scores, got nan or inf. Often a sample lies outside of the "
+            "model's support, or where its density has a pole."
+        )
+    return scores.detach()
+
+
+def as_reference(
+    reference: Any, samples: Float[Tensor, " *batch N D"], *, caller: str
+) -> Float[Tensor, " *batch P D"]:
+    """Return ``reference`` detached, having checked that it goes with the samples."""
+    if not isinstance(reference, Tensor) or reference.dtype != samples.dtype:
+        got = reference.dtype if isinstance(reference, Tensor) else type(reference).__name__
+        raise TypeError(
+            f"{caller} needs reference draws of the samples' dtype {samples.dtype}, got {got}."
+        )
+    reference = as_samples(reference, caller=caller, may_be_few=True)
+    if reference.shape[:-2] != samples.shape[:-2] or reference.shape[-1] != samples.shape[-1]:
+        wanted = [*map(str, samples.shape[:-2]), "P", str(samples.shape[-1])]
+        raise ValueError(
+            f"{caller} needs reference draws of shape [{', '.join(wanted)}] to go with the "
+            f"samples, got {tuple(reference.shape)}."
+        )
+    return reference
 
 
 def check_ridge(ridge: Any, dtype: torch.dtype, *, caller: str) -> None:

@@ -33,6 +33,10 @@ class Whitening(NamedTuple):
             return score
         return torch.linalg.solve_triangular(self.factor, score, upper=False, left=False)
 
+    def whitened_score(self, score: Float[Tensor, " *batch P D"]) -> Float[Tensor, " *batch P D"]:
+        """The reverse: gradient in whitened units, L^T times that in the units of the samples."""
+        return score if self.factor is None else score @ self.factor
+
 
 def fit_whitening(samples: Float[Tensor, " *batch N D"]) -> Whitening:
     r"""Whitening of samples by the Cholesky factor of their covariance.

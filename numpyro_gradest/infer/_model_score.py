@@ -1,0 +1,145 @@
+"""The model's score at draws of the implicit sites, by differentiating its log-density."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from numpyro import handlers
+from numpyro.distributions import biject_to
+from numpyro.distributions.util import sum_rightmost
+
+from numpyro_gradest.infer._implicit import implicit_groups, weight_of
+from numpyro_gradest.infer._sites import Trace, log_prob_of, samples
+from numpyro_gradest.infer._trace import (
+    Program,
+    latent_values,
+    mutable_state_of,
+    of_type,
+    trace_particle,
+)
+
+
+class ScoredGroup(NamedTuple):
+    """Draws of the implicit sites that share their plates, element by element of these."""
+
+    sites: tuple[str, ...]
+    samples: Float[Array, " E K D"]
+    """In unconstrained space."""
+    model_scores: Float[Array, " E K D"]
+    """Gradient of log p(x, z) in them, the other latents held at their draws."""
+    reference: Float[Array, " E R D"] | None
+    """Reference draws, in unconstrained space too."""
+
+
+def score_draws(
+    program: Program, key: Array, num_draws: int, reference: dict[str, Array] | None
+) -> list[ScoredGroup]:
+    """Draw from the guide, and differentiate the model there."""
+    plate_key, draw_key = jax.random.split(key)
+    program = program.with_plate_key(plate_key)
+    run = partial(_score_one, program)
+    drawn, scores = jax.jit(jax.vmap(run))(jax.random.split(draw_key, num_draws))
+    wanted = None
+    if reference is not None:
+        traces = trace_particle(program, draw_key)
+        wanted = jax.jit(jax.vmap(partial(_groups_at, *traces)))(_checked(reference, traces[1]))
+    groups = []
+    for sites, group in drawn.items():
+        weight = group.weight[0].reshape(-1)
+        counts = weight > 0  # what a mask hides has no target
+
+        def by_element(values: Array, counts: Array = counts) -> Array:
+            values = jnp.moveaxis(values, 0, -2)
+            return values.reshape(-1, *values.shape[-2:])[counts]
+
+        groups.append(
+            ScoredGroup(
+                sites=sites,
+                samples=by_element(group.samples),
+                # A scale multiplies the target and the entropy alike.
+                model_scores=by_element(scores[sites].samples) / weight[counts, None, None],
+                reference=None if wanted is None else by_element(wanted[sites].samples),
+            )
+        )
+    for each in groups:
+        if not jnp.isfinite(each.model_scores).all():
+            raise ValueError(
+                f"The model's score at a draw of the implicit sites {list(each.sites)} is not "
+                "finite: the draw is not, or it lies outside of the model's support. Check the "
+                "guide's parameters."
+            )
+    return groups
+
+
+def _score_one(program: Program, key: Array) -> tuple:
+    model_trace, guide_trace = trace_particle(program, key)
+    _refuse_subsample(guide_trace | model_trace)
+    drawn = implicit_groups(guide_trace)
+    held = latent_values(model_trace) | of_type(model_trace, "plate")
+    held |= program.params | mutable_state_of(guide_trace)
+    implicit = {name: site for name, site in samples(guide_trace) if "implicit" in site}
+
+    def log_density(unconstrained: dict[str, Array]) -> Array:
+        total, values = jnp.zeros(()), {}
+        for name, u in unconstrained.items():
+            transform = biject_to(model_trace.get(name, implicit[name])["fn"].support)
+            values[name] = transform(u)
+            log_det = transform.log_abs_det_jacobian(u, values[name])
+            weight = weight_of(implicit[name])
+            total += jnp.sum(weight * sum_rightmost(log_det, jnp.ndim(log_det) - weight.ndim))
+        model = handlers.substitute(handlers.seed(program.model, key), data=held | values)
+        trace = handlers.trace(model).get_trace(*program.args, **program.kwargs)
+        for name, site in samples(trace):
+            scale = 1.0 if site["scale"] is None else site["scale"]
+            total += jnp.sum(scale * log_prob_of(name, site))
+        return total
+
+    scores = jax.grad(log_density)({name: site["implicit"] for name, site in implicit.items()})
+    return drawn, implicit_groups(_with_implicit(guide_trace, scores))
+
+
+def _groups_at(model_trace: Trace, guide_trace: Trace, values: dict[str, Array]) -> dict:
+    """The groups with other values, which are constrained, in the place of the draws."""
+    unconstrained = {
+        name: biject_to(model_trace.get(name, guide_trace[name])["fn"].support).inv(value)
+        for name, value in values.items()
+    }
+    return implicit_groups(_with_implicit(guide_trace, unconstrained))
+
+
+def _checked(reference: dict[str, Array], guide_trace: Trace) -> dict[str, Array]:
+    """Reference draws of the implicit sites, and of no other."""
+    implicit = {name: site for name, site in samples(guide_trace) if "implicit" in site}
+    checked = {}
+    for name, site in implicit.items():
+        if name not in reference:
+            raise ValueError(
+                f"Reference draws need every implicit site, {sorted(implicit)}, but {name!r} is "
+                f"not among {sorted(reference)}."
+            )
+        drawn, shape = jnp.asarray(reference[name]), jnp.shape(site["value"])
+        if drawn.shape[1:] != shape or len(drawn) < 2:
+            raise ValueError(
+                f"Reference draws of site {name!r} need the shape [R >= 2, *{shape}], got "
+                f"{drawn.shape}."
+            )
+        checked[name] = drawn.astype(site["value"].dtype)
+    return checked
+
+
+def _refuse_subsample(trace: Trace) -> None:
+    for name, site in trace.items():
+        if site["type"] == "plate" and site["args"][1] not in (None, site["args"][0]):
+            raise ValueError(
+                f"Plate {name!r} is subsampled, and a subsample has a posterior of its own. Pass "
+                "the check all of the data: the plate without subsample_size."
+            )
+
+
+def _with_implicit(guide_trace: Trace, values: dict[str, Array]) -> Trace:
+    return {
+        name: site | {"implicit": values[name]} if name in values else site
+        for name, site in guide_trace.items()
+    }

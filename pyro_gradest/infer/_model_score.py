@@ -1,0 +1,156 @@
+"""The model's score at draws of the implicit sites, by differentiating its log-density."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_gradest.infer._implicit import (
+    ImplicitGroup,
+    concatenate_groups,
+    implicit_groups,
+    weight_of,
+)
+from pyro_gradest.infer._sites import Trace, samples
+from pyro_gradest.infer._trace import (
+    Program,
+    ShareSubsamples,
+    in_particle_plate,
+    trace_particles,
+)
+
+
+class ScoredGroup(NamedTuple):
+    """Draws of the implicit sites that share their plates, element by element of these."""
+
+    sites: tuple[str, ...]
+    samples: Float[Tensor, " E K D"]
+    """In unconstrained space."""
+    model_scores: Float[Tensor, " E K D"]
+    """Gradient of log p(x, z) in them, the other latents held at their draws."""
+    reference: Float[Tensor, " E R D"] | None
+    """Reference draws, in unconstrained space too."""
+
+
+def score_draws(
+    program: Program, num_draws: int, reference: dict[str, Tensor] | None
+) -> list[ScoredGroup]:
+    """Draw from the guide, and differentiate the model there."""
+    sizes = [num_draws] if program.vectorize_particles else [1] * num_draws
+    runs = [_score_run(program, size) for size in sizes]
+    drawn, scores = (concatenate_groups(list(each)) for each in zip(*runs, strict=True))
+    wanted: list[ImplicitGroup | None] = [None] * len(drawn)
+    if reference is not None:
+        traces = trace_particles(program, 1)
+        checked = _checked(reference, traces[1])
+        rows = [dict(zip(checked, row, strict=True)) for row in zip(*checked.values(), strict=True)]
+        wanted = list(concatenate_groups([_groups_at(*traces, row) for row in rows]))
+    groups = []
+    for group, scored, one in zip(drawn, scores, wanted, strict=True):
+        weight = group.weight.reshape(-1)
+        counts = weight > 0  # what a mask hides has no target
+
+        def by_element(values: Tensor, counts: Tensor = counts) -> Tensor:
+            values = values.detach().movedim(0, -2)
+            return values.reshape(-1, *values.shape[-2:])[counts]
+
+        groups.append(
+            ScoredGroup(
+                sites=group.sites,
+                samples=by_element(group.samples),
+                # A scale multiplies the target and the entropy alike.
+                model_scores=by_element(scored.samples) / weight[counts, None, None],
+                reference=None if one is None else by_element(one.samples),
+            )
+        )
+    for each in groups:
+        if not torch.isfinite(each.model_scores).all():
+            raise ValueError(
+                f"The model's score at a draw of the implicit sites {list(each.sites)} is not "
+                "finite: the draw is not, or it lies outside of the model's support. Check the "
+                "guide's parameters."
+            )
+    return groups
+
+
+def _score_run(
+    program: Program, num_particles: int
+) -> tuple[list[ImplicitGroup], list[ImplicitGroup]]:
+    with torch.no_grad():
+        model_trace, guide_trace = trace_particles(program, num_particles)
+    _refuse_subsample(model_trace, guide_trace)
+    drawn = implicit_groups(guide_trace, num_particles)
+    implicit = {name: site for name, site in samples(guide_trace) if "implicit" in site}
+    model_sites = dict(samples(model_trace))
+    unconstrained, log_dets = {}, []
+    for name, site in implicit.items():
+        u = site["implicit"].detach().requires_grad_()
+        transform = biject_to((model_sites.get(name) or site)["fn"].support)
+        value = transform(u)
+        log_det = transform.log_abs_det_jacobian(u, value)
+        weight = weight_of(site)
+        log_dets.append((weight * sum_rightmost(log_det, log_det.dim() - weight.dim())).sum())
+        unconstrained[name] = u
+        if name in model_sites:
+            model_sites[name]["value"] = value
+    model = program.model
+    if num_particles > 1:
+        model = in_particle_plate(model, num_particles, program.max_plate_nesting + 1)
+    with ShareSubsamples(program.subsamples), torch.enable_grad():
+        trace = poutine.trace(poutine.replay(model, trace=model_trace)).get_trace(
+            *program.args, **program.kwargs
+        )
+        log_density = trace.log_prob_sum() + sum(log_dets)
+    leaves = list(unconstrained.values())
+    gradients = torch.autograd.grad(log_density, leaves, materialize_grads=True)
+    for site, gradient in zip(implicit.values(), gradients, strict=True):
+        site["implicit"] = gradient
+    return drawn, implicit_groups(guide_trace, num_particles)
+
+
+def _groups_at(
+    model_trace: Trace, guide_trace: Trace, values: dict[str, Tensor]
+) -> list[ImplicitGroup]:
+    """The groups with other values, which are constrained, in the place of the draws."""
+    model_sites = dict(samples(model_trace))
+    for name, site in samples(guide_trace):
+        if name in values:
+            transform = biject_to((model_sites.get(name) or site)["fn"].support)
+            site["implicit"] = transform.inv(values[name])
+    return implicit_groups(guide_trace, 1)
+
+
+def _checked(reference: dict[str, Tensor], guide_trace: Trace) -> dict[str, Tensor]:
+    """Reference draws of the implicit sites, and of no other."""
+    implicit = {name: site for name, site in samples(guide_trace) if "implicit" in site}
+    checked = {}
+    for name, site in implicit.items():
+        if name not in reference:
+            raise ValueError(
+                f"Reference draws need every implicit site, {sorted(implicit)}, but {name!r} is "
+                f"not among {sorted(reference)}."
+            )
+        drawn, shape = torch.as_tensor(reference[name]), tuple(site["value"].shape)
+        if tuple(drawn.shape[1:]) != shape or len(drawn) < 2:
+            raise ValueError(
+                f"Reference draws of site {name!r} need the shape [R >= 2, *{shape}], got "
+                f"{tuple(drawn.shape)}."
+            )
+        checked[name] = drawn.to(site["value"])
+    return checked
+
+
+def _refuse_subsample(*traces: Trace) -> None:
+    for trace in traces:
+        for _, site in samples(trace):
+            for frame in site["cond_indep_stack"]:
+                if frame.full_size not in (None, frame.size):
+                    raise ValueError(
+                        f"Plate {frame.name!r} is subsampled, and a subsample has a posterior of "
+                        "its own. Pass the check all of the data: the plate without "
+                        "subsample_size."
+                    )

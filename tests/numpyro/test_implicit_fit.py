@@ -1,0 +1,215 @@
+"""Whether a fit can be trusted: the model's score by its definition, verdicts, what is refused."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from jax import random
+from numpyro import handlers, param, plate, sample
+
+from numpyro_gradest import Implicit, check_implicit_fit, estimators
+from numpyro_gradest.infer._model_score import score_draws
+from numpyro_gradest.infer._trace import Program
+
+X = jnp.array([0.9, -0.4, 0.1, 1.7])
+INF = float("inf")
+MASK = jnp.array([True, False, True, True])
+
+
+def noise(name="noise", shape=()):
+    fn = dist.Normal(0.0, 1.0).expand(shape).to_event(len(shape))
+    return sample(name, fn, infer={"is_auxiliary": True})
+
+
+def drawn(model, guide, reference=None):
+    program = Program(model, guide, {}, (), {}, "pathwise", is_weighted=False, takes_implicit=True)
+    return score_draws(program, random.key(0), 3, reference)
+
+
+# --- the model's score ---------------------------------------------------------------------------
+
+
+def positive_model():
+    y = sample("y", dist.Normal(1.0, 2.0))
+    z = sample("z", dist.Gamma(2.0, 1.0).expand([2]).to_event(1))
+    sample("x", dist.Normal(y, z.sum()), obs=0.7)
+
+
+def positive_guide():
+    e = noise(shape=(3,))
+    sample("z", Implicit(jnp.exp(e[:2]), event_dim=1))
+    sample("y", Implicit(e.sum()))
+
+
+def test_score_in_unconstrained_space():
+    """Of Gamma(2, 1) and its Jacobian in u = log z, 2 u - e^u."""
+    reference = {"z": jnp.full((4, 2), 3.0), "y": jnp.arange(4.0)}
+    (group,) = drawn(positive_model, positive_guide, reference)
+
+    def log_density(u):
+        s = jnp.exp(u[:2]).sum()
+        log_prior = (2 * u[:2] - jnp.exp(u[:2])).sum() - (u[2] - 1) ** 2 / 8
+        return log_prior - jnp.log(s) - (0.7 - u[2]) ** 2 / (2 * s**2)
+
+    assert group.sites == ("z", "y")
+    assert group.samples.shape == (1, 3, 3)
+    desired = jax.vmap(jax.grad(log_density))(group.samples[0])
+    np.testing.assert_allclose(group.model_scores[0], desired, rtol=1e-10)
+    np.testing.assert_allclose(group.reference[0, :, :2], np.log(3.0))
+    np.testing.assert_allclose(group.reference[0, :, 2], np.arange(4.0))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "rows"),
+    [
+        (lambda fn: fn, slice(None)),
+        (lambda fn: handlers.scale(fn, 0.3), slice(None)),
+        (lambda fn: handlers.mask(fn, mask=MASK[:, None]), MASK),
+    ],
+    ids=["plain", "scaled", "masked"],
+)
+def test_score_of_each_element_of_a_plate(wrap, rows):
+    """Beside an explicit site, which is held; what a mask hides is left out."""
+
+    def model():
+        with plate("data", 4, dim=-2):
+            g = sample("g", dist.Normal(0.0, 1.0))
+            z = sample("z", dist.Normal(g[..., None] * jnp.ones(2), 1.0).to_event(1))
+            sample("x", dist.Normal(z.sum(-1), 0.5), obs=X[:, None])
+
+    def guide():
+        with plate("data", 4, dim=-2):
+            sample("g", dist.Normal(0.0, 0.0001))
+            sample("z", Implicit(noise(shape=(2,)) + X[:, None, None], event_dim=1))
+
+    reference = {"z": jnp.arange(40.0).reshape(5, 4, 1, 2)}
+    (group,) = drawn(wrap(model), wrap(guide), reference)
+
+    z = group.samples
+    assert z.shape == (len(X[rows]), 3, 2)
+    desired = -z + 4 * (X[rows][:, None] - z.sum(-1))[..., None]
+    np.testing.assert_allclose(group.model_scores, desired, atol=1e-3)
+    np.testing.assert_array_equal(
+        group.reference, jnp.moveaxis(reference["z"][:, :, 0], 0, 1)[rows]
+    )
+
+
+# --- verdicts ------------------------------------------------------------------------------------
+
+
+def check(model, guide, reference=None, **options):
+    options = {"num_particles": 50} | options
+    return check_implicit_fit(random.key(0), model, guide, {}, reference=reference, **options)
+
+
+def gaussian():
+    with plate("data", 3):
+        sample("z", dist.Normal(X[:3], 2.0))
+
+
+def gaussian_guide(scale=2.0, offset=0.0):
+    def guide():
+        with plate("data", 3):
+            sample("z", Implicit(X[:3] + offset + scale * noise()))
+
+    return guide
+
+
+def test_an_exact_guide_is_trusted():
+    reference = {"z": X[:3] + 2.0 * random.normal(random.key(1), (1000, 3))}
+    report = check(gaussian, gaussian_guide(), reference)
+    assert report.is_trusted, str(report)
+    (figures,) = report.checks
+    assert (figures.sites, figures.num_elements, figures.dim) == (("z",), 3, 1)
+    assert (figures.num_samples, figures.num_reference) == (1000, 1000)
+    assert figures.equivalent_draws > 100
+
+
+def test_a_guide_that_is_too_narrow_is_caught():
+    report = check(gaussian, gaussian_guide(scale=1.0))
+    np.testing.assert_allclose(report.checks[0].narrowest, 0.25, rtol=0.2)
+    assert "target's variance: too narrow" in str(report)
+
+
+def test_a_guide_that_is_too_wide_is_caught():
+    report = check(gaussian, gaussian_guide(scale=4.0))
+    np.testing.assert_allclose(report.checks[0].widest, 4.0, rtol=0.2)
+    assert "target's variance: too wide" in str(report)
+
+
+def test_a_guide_in_the_wrong_place_is_caught():
+    report = check(gaussian, gaussian_guide(offset=1.0))
+    assert "the guide lies elsewhere" in str(report)
+    assert report.checks[0].narrowest > 0.8
+
+
+def test_an_estimator_that_shrinks_is_caught():
+    estimator = partial(estimators.stein_score, ridge=10.0)
+    report = check(gaussian, gaussian_guide(), score_estimator=estimator)
+    assert report.checks[0].shrinkage < 0.8
+    assert "the score estimate is" in str(report)
+
+
+def test_a_missing_mode_is_caught_by_reference_draws_alone():
+    def model():
+        weights, locs = dist.Categorical(jnp.ones(2) / 2), jnp.array([-4.0, 4.0])
+        sample("z", dist.MixtureSameFamily(weights, dist.Normal(locs, 1.0)))
+
+    def guide():
+        sample("z", Implicit(4.0 + noise()))
+
+    report = check(model, guide)
+    assert report.is_trusted
+    assert "a mode that the guide misses altogether does not show" in str(report)
+    side = jnp.where(jnp.arange(1000) % 2, 4.0, -4.0)
+    reference = {"z": side + random.normal(random.key(1), (1000,))}
+    report = check(model, guide, reference)
+    assert "Nothing else shows it: it is likely to miss a mode" in str(report)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def subsampled():
+    with plate("data", 4, subsample_size=2):
+        sample("z", dist.Normal(0.0, 1.0))
+
+
+def subsampled_guide():
+    with plate("data", 4, subsample_size=2):
+        sample("z", Implicit(noise()))
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (partial(check, gaussian, lambda: gaussian()), "needs a guide with Implicit sites"),
+        (partial(check, subsampled, subsampled_guide), "'data' is subsampled.*all of the data"),
+        (partial(check, gaussian, gaussian_guide(), {}), "'z' is not among"),
+        (partial(check, gaussian, gaussian_guide(scale=INF)), r"sites \['z'\] is not finite"),
+        (
+            partial(check, gaussian, gaussian_guide(), {"z": jnp.zeros((5, 2))}),
+            r"site 'z' need the shape \[R >= 2, \*\(3,\)\], got \(5, 2\)",
+        ),
+        (partial(check, gaussian, gaussian_guide(), num_samples=0), "num_samples >= 1, got 0"),
+        (partial(check, gaussian, gaussian_guide(), num_particles=1), "num_particles >= 2"),
+    ],
+)
+def test_what_can_not_be_checked_is_refused(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_parameters_are_those_of_the_fit():
+    def guide():
+        with plate("data", 3):
+            sample("z", Implicit(X[:3] + param("scale", 1.0) * noise()))
+
+    report = check_implicit_fit(
+        random.key(0), gaussian, guide, {"scale": 2.0}, num_particles=50, num_samples=501
+    )
+    assert report.is_trusted
+    assert report.checks[0].num_samples == 550
