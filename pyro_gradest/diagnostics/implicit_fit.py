@@ -128,7 +128,8 @@ def check_implicit_fit(
     program = program._replace(parents=parents, is_weighted=False)
     num_draws = num_particles * math.ceil(num_samples / num_particles)
     groups = score_draws(program, num_draws, reference)
-    return ImplicitFitReport(tuple(_check(group, num_particles, estimator) for group in groups))
+    checks = (_check(group, num_particles, elbo.score_estimator) for group in groups)
+    return ImplicitFitReport(tuple(checks))
 
 
 def _check(group: ScoredGroup, num_particles: int, estimator: ScoreEstimator) -> ImplicitSitesCheck:
