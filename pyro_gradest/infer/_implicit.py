@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Transform, biject_to
 
 from pyro_gradest.distributions import Implicit
 from pyro_gradest.infer._graph import graph_leaves
@@ -98,7 +98,7 @@ def take_implicit_sites(model_trace: Trace, guide_trace: Trace, parents: Parents
     for name, site in samples(guide_trace):
         fn, value = site["fn"], site["value"]
         if is_implicit(fn):
-            transform = biject_to((model_sites.get(name) or site)["fn"].support)
+            transform = to_constrained((model_sites.get(name) or site)["fn"])
             unconstrained = transform.inv(value)
             log_det = transform.log_abs_det_jacobian(unconstrained, value)
             log_det = sum_rightmost(log_det, log_det.dim() - len(fn.batch_shape))
@@ -139,6 +139,14 @@ def is_implicit(fn: Any) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Implicit)
+
+
+def to_constrained(fn: Any) -> Transform:
+    """The host's map from unconstrained space to the support of a distribution."""
+    support = fn.support
+    if type(support).__name__ == "MixtureSameFamilyConstraint":
+        support = support.base_constraint  # the host knows no map to the support of mixtures
+    return biject_to(support)
 
 
 class _Cut(Messenger):

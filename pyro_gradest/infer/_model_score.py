@@ -7,12 +7,12 @@ from jaxtyping import Float
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_gradest.infer._implicit import (
     ImplicitGroup,
     concatenate_groups,
     implicit_groups,
+    to_constrained,
     weight_of,
 )
 from pyro_gradest.infer._sites import Trace, samples
@@ -89,7 +89,7 @@ def _score_run(
     unconstrained, log_dets = {}, []
     for name, site in implicit.items():
         u = site["implicit"].detach().requires_grad_()
-        transform = biject_to((model_sites.get(name) or site)["fn"].support)
+        transform = to_constrained((model_sites.get(name) or site)["fn"])
         value = transform(u)
         log_det = transform.log_abs_det_jacobian(u, value)
         weight = weight_of(site)
@@ -119,7 +119,7 @@ def _groups_at(
     model_sites = dict(samples(model_trace))
     for name, site in samples(guide_trace):
         if name in values:
-            transform = biject_to((model_sites.get(name) or site)["fn"].support)
+            transform = to_constrained((model_sites.get(name) or site)["fn"])
             site["implicit"] = transform.inv(values[name])
     return implicit_groups(guide_trace, 1)
 

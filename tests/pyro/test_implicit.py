@@ -428,3 +428,17 @@ def test_a_score_estimator_that_changes_the_shape_is_refused():
     elbo = ImplicitELBO(3, score_estimator=lambda samples: samples[..., 0])
     with pytest.raises(ValueError, match="score_estimator"):
         elbo.loss_and_grads(conjugate, conjugate_guide)
+
+
+def test_a_mixture_as_the_models_prior():
+    """The host knows no map to the support of mixtures; their components have one."""
+
+    def model():
+        normals = dist.Normal(torch.tensor([-1.0, 1.0]), torch.tensor(0.5))
+        sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), normals))
+
+    def guide():
+        sample("z", Implicit(param("a", 0.3) * noise()))
+
+    assert math.isfinite(ImplicitELBO(5).loss_and_grads(model, guide))
+    assert pyro.param("a").grad != 0
