@@ -236,6 +236,12 @@ def refuse_log_weights(*runs: Particles) -> None:
                 "the edge of the support (rounding may put them there); no parameter has been "
                 "updated."
             )
+    if any(particles.log_weights.isneginf().any() for particles in runs):
+        raise ValueError(
+            "The loss is infinite, as the model gives a draw of the guide no probability at all. "
+            "Keep the guide inside of the model's support, or use an objective of several weighted "
+            "particles; no parameter has been updated."
+        )
     raise ValueError(
         "The loss is NaN although every log-probability is a number. Check the scale handlers of "
         "model and guide; no parameter has been updated."

@@ -442,3 +442,16 @@ def test_a_mixture_as_the_models_prior():
 
     assert math.isfinite(ImplicitELBO(5).loss_and_grads(model, guide))
     assert pyro.param("a").grad != 0
+
+
+def test_draws_outside_of_the_models_support_are_refused():
+    def model():
+        z = sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("impossible", torch.where(z < 10, -math.inf, 0.0))
+
+    def guide():
+        sample("z", Implicit(param("a", 0.3) * noise()))
+
+    with pytest.raises(ValueError, match="loss is infinite.*no probability"):
+        ImplicitELBO(5).loss_and_grads(model, guide)
+    assert pyro.param("a").grad is None
