@@ -452,6 +452,6 @@ def test_draws_outside_of_the_models_support_are_refused():
     def guide():
         sample("z", Implicit(param("a", 0.3) * noise()))
 
-    with pytest.raises(ValueError, match="loss is infinite.*no probability"):
+    with pytest.raises(ValueError, match=r"loss is infinite.*no probability"):
         ImplicitELBO(5).loss_and_grads(model, guide)
     assert pyro.param("a").grad is None
