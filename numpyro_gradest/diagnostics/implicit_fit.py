@@ -43,8 +43,9 @@ def check_implicit_fit(
     Draws from the guide, in unconstrained space, and asks four questions of the implicit sites,
     of each plate element where they lie in plates. ``print`` the answer.
 
-    - Is the score estimate of full size? The shrinkage c of the estimator at K particles, over the
-      1 - 1/K of the true score; between 0.9 and 1.1, as the guide's variance is off by as much.
+    - Is the score estimate of full size? The :func:`shrinkage` c of the estimator at K particles;
+      between 0.9 and 1.1, as the guide's variance is off by as much. The default estimator is
+      calibrated to 1, so that the next question is the one that tells.
     - Is the guide as wide as the target? Eigenvalues of :func:`stein_identity` in whitened
       coordinates, symmetrised; between 2/3 and 3/2, a standard deviation off by 22 %, beyond what
       draws of the target would show by chance.
@@ -139,9 +140,6 @@ def _check(
     num_elements, num_samples, dim = group.samples.shape
     step = max(1, _LARGEST_MATRIX // num_samples**2)
     parts = [slice(start, start + step) for start in range(0, num_elements, step)]
-    c = jnp.concatenate(
-        [_shrinkages(group.samples[part], num_particles, estimator) for part in parts]
-    )
     samples = [(group.samples[part], group.model_scores[part]) for part in parts]
     figures = jax.jit(partial(_figures, num_particles=num_particles, estimator=estimator))
     columns = zip(*[figures(*each) for each in samples], strict=True)
@@ -179,10 +177,13 @@ def _figures(
 def _shrinkages(
     samples: Float[Array, " E N D"], num_particles: int, estimator: ScoreEstimator
 ) -> Float[Array, " E"]:
-    """c of every element, the mean over sets of K draws."""
+    """c of every element, of scores that are estimated from K draws at a time.
+
+    Centred at the mean of all N draws: at that of each K the true score itself would be at 1 - 1/K,
+    and a guide of the right width needs the estimate to be at 1.
+    """
     sets = samples.reshape(len(samples), -1, num_particles, samples.shape[-1])
-    c = shrinkage(sets, estimator(sets))
-    return c.mean(axis=-1) / (1 - 1 / num_particles)
+    return shrinkage(samples, estimator(sets).reshape(samples.shape))
 
 
 def _width_ratios(

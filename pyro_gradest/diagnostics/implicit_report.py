@@ -55,13 +55,14 @@ class ImplicitSitesCheck(NamedTuple):
             more = DRAWS_PER_DIMENSION * self.dim if few else 2 * self.num_particles
             faults.append(
                 f"the score estimate is {self.shrinkage:.2f} of what it should be, which makes the "
-                f"guide too narrow. Raise num_particles to {more} or more, or take "
-                "another score_estimator: a smaller ridge, or the kernel RBF if there is one mode."
+                f"guide too narrow. Raise num_particles to {more} or more, or correct the "
+                "score_estimator by calibrate_score, as the default one is."
             )
         elif self.shrinkage > 1 + LARGEST_SHRINKAGE_ERROR:
             faults.append(
                 f"the score estimate is {self.shrinkage:.2f} of what it should be, which makes the "
-                "guide too wide. Take another score_estimator, such as stein_score."
+                "guide too wide. Correct the score_estimator by calibrate_score, as the default "
+                "one is."
             )
         chance = self._chance
         if self.narrowest < (1 - min(chance, 1.0)) ** 2 / LARGEST_VARIANCE_RATIO:

@@ -318,9 +318,9 @@ def test_report_of_a_fit_to_trust(backend):
 @pytest.mark.parametrize(
     ("figures", "words"),
     [
-        ({"shrinkage": 0.85}, "too narrow. Raise num_particles to 100 or more, .*score_estimator"),
+        ({"shrinkage": 0.85}, "too narrow. Raise num_particles to 100 or more, .*calibrate_score"),
         ({"shrinkage": 0.85, "num_particles": 5}, "Raise num_particles to 10 or more"),
-        ({"shrinkage": 1.2}, "too wide. Take another score_estimator"),
+        ({"shrinkage": 1.2}, "too wide. Correct the score_estimator by calibrate_score"),
         ({"narrowest": 0.5}, "0.50 of the target's variance: too narrow. .*learning rate.*width"),
         ({"widest": 2.0}, "2.00 times the target's variance: too wide. .*learning rate"),
         ({"equivalent_draws": 20.0}, "as far from the target as 20 exact ones"),

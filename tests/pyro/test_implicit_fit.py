@@ -157,6 +157,21 @@ def test_an_estimator_that_shrinks_is_caught():
     assert "the score estimate is" in str(report)
 
 
+@pytest.mark.parametrize("score_estimator", [None, lambda draws: -draws], ids=["default", "true"])
+def test_few_particles_do_not_look_like_a_wrong_width(score_estimator):
+    """Of the mean of K = 4 draws the true score would be at 3/4, and the default at 4/3 of that."""
+
+    def guide():
+        sample("z", Implicit(noise()))
+
+    def model():
+        sample("z", dist.Normal(0.0, 1.0))
+
+    report = check(model, guide, num_particles=4, score_estimator=score_estimator)
+    assert abs(report.checks[0].shrinkage - 1) < 0.1
+    assert report.is_trusted, str(report)
+
+
 def test_a_missing_mode_is_caught_by_reference_draws_alone():
     # The host can't transform the support of MixtureSameFamily.
     def model():
