@@ -91,6 +91,14 @@ def isolated_hosts() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_dropped() -> Iterator[None]:
+    """JAX keeps what it compiled: gigabytes by the end of the suite, and no other module's use."""
+    yield
+    if _INSTALLED["numpyro"]:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def strict_promotion() -> Iterator[None]:
     """Refuse JAX's implicit dtype promotion: layer 1 never mixes dtypes silently."""
