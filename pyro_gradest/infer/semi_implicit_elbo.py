@@ -36,6 +36,10 @@ class SemiImplicitELBO(ELBO):
     computed from it. Reparameterised sites take the pathwise gradient, the others the score
     function with the mean of the other particles for a baseline.
 
+    The noise may be an index, ``Categorical`` with fixed equal weights, into learned parameters: a
+    mixture over as many particles, which is the family of particle semi-implicit inference (PVI).
+    That method's preconditioned, noisy flow of the particles is the optimiser's part.
+
     Each element of the plates that enclose every site of the guide, noise and latents, has a
     mixture of its own; all that lies outside or deeper belongs to a joint one. So draw noise inside
     the plate of local latents where that is meant: one mixture over N data needs far more draws.
@@ -82,7 +86,9 @@ class SemiImplicitELBO(ELBO):
 
     References:
         Yin and Zhou, `Semi-Implicit Variational Inference
-        <https://arxiv.org/abs/1805.11183>`_, 2018, section 3.
+        <https://arxiv.org/abs/1805.11183>`_, 2018, section 3. Lim and Johansen,
+        `Particle Semi-Implicit Variational Inference <https://arxiv.org/abs/2407.00649>`_, 2024,
+        for the family over particles.
     """
 
     def __init__(
