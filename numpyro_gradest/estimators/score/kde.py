@@ -141,8 +141,8 @@ def _score(
     points: Float[Array, " *batch P D"],
     samples: Float[Array, " *batch N D"],
 ) -> Float[Array, " *batch P D"]:
-    slopes = 2 * kernel.derivative(squared_distance, 1)
-    density = jnp.sum(kernel.derivative(squared_distance), axis=-1, keepdims=True)
+    value, derivative = kernel.derivatives(squared_distance, 1)
+    density = jnp.sum(value, axis=-1, keepdims=True)
     # Far from all samples both may underflow.
     smallest = jnp.finfo(points.dtype).tiny
-    return weighted_differences(slopes, points, samples) / jnp.maximum(density, smallest)
+    return 2 * weighted_differences(derivative, points, samples) / jnp.maximum(density, smallest)

@@ -38,9 +38,17 @@ class RBF(NamedTuple):
         self, squared_distance: Float[Array, " *batch P N"], order: int = 0
     ) -> Float[Array, " *batch P N"]:
         """Derivative of that order of the kernel in the squared distance, at each pair."""
+        return self.derivatives(squared_distance, order)[order]
+
+    def derivatives(
+        self, squared_distance: Float[Array, " *batch P N"], highest: int
+    ) -> list[Float[Array, " *batch P N"]]:
+        """The kernel and its derivatives up to that order, each made from the one before."""
         rate = -0.5 / _squared(self.bandwidth)
-        value = jnp.exp(rate * squared_distance)
-        return value if order == 0 else rate**order * value
+        values = [jnp.exp(rate * squared_distance)]
+        for _ in range(highest):
+            values.append(rate * values[-1])
+        return values
 
 
 class IMQ(NamedTuple):
@@ -58,14 +66,18 @@ class IMQ(NamedTuple):
         self, squared_distance: Float[Array, " *batch P N"], order: int = 0
     ) -> Float[Array, " *batch P N"]:
         """Derivative of that order of the kernel in the squared distance, at each pair."""
-        squared_bandwidth = _squared(self.bandwidth)
-        root = jax.lax.rsqrt(1 + squared_distance / squared_bandwidth)
-        if order == 0:
-            return root
-        factor: Array | float = 1.0
-        for i in range(order):
-            factor = factor * -(0.5 + i) / squared_bandwidth
-        return factor * root ** (2 * order + 1)
+        return self.derivatives(squared_distance, order)[order]
+
+    def derivatives(
+        self, squared_distance: Float[Array, " *batch P N"], highest: int
+    ) -> list[Float[Array, " *batch P N"]]:
+        """The kernel and its derivatives up to that order, each made from the one before."""
+        rate = 1 / _squared(self.bandwidth)
+        values = [jax.lax.rsqrt(1 + rate * squared_distance)]
+        square = values[0] ** 2 if highest else 0.0
+        for i in range(highest):
+            values.append((-(0.5 + i) * rate) * values[-1] * square)
+        return values
 
 
 RadialKernel = RBF | IMQ
@@ -91,8 +103,9 @@ class CurlFree(NamedTuple):
         blocks, for points x and samples y."""
         squared_distance = squared_distances(points, samples)
         squared_bandwidth = _squared(self.radial.bandwidth)
-        across = -2 * squared_bandwidth * self.radial.derivative(squared_distance, 1)
-        along = -4 * squared_bandwidth * self.radial.derivative(squared_distance, 2)
+        _, first, second = self.radial.derivatives(squared_distance, 2)
+        across = -2 * squared_bandwidth * first
+        along = -4 * squared_bandwidth * second
 
         def apply(coefficients: Float[Array, " *batch N D"]) -> Float[Array, " *batch P D"]:
             # (x_i - y_j) . c_j as a difference of products, not as a [P, N, D] array.
@@ -110,9 +123,9 @@ class CurlFree(NamedTuple):
         r""":math:`\sum_j \nabla_{y_j} \cdot \Gamma(x_i, y_j)`, which is
         :math:`h^2 \sum_j \nabla_x \Delta_x k(x_i, y_j)`."""
         squared_distance = squared_distances(points, samples)
+        _, _, second, third = self.radial.derivatives(squared_distance, 3)
         weights = _squared(self.radial.bandwidth) * (
-            4 * (points.shape[-1] + 2) * self.radial.derivative(squared_distance, 2)
-            + 8 * squared_distance * self.radial.derivative(squared_distance, 3)
+            4 * (points.shape[-1] + 2) * second + 8 * squared_distance * third
         )
         return weighted_differences(weights, points, samples)
 

@@ -166,11 +166,11 @@ def _fit(
     whitening, points, kernel, squared_distance = standardize(
         samples, kernel, whiten, caller=caller
     )
-    eigenvalues, eigenvectors = jnp.linalg.eigh(kernel.derivative(squared_distance))
+    value, derivative = kernel.derivatives(squared_distance, 1)
+    eigenvalues, eigenvectors = jnp.linalg.eigh(value)
     kept = _kept(eigenvalues, num_eigenfunctions, energy)
     inverse = jnp.where(kept, 1 / jnp.where(kept, eigenvalues, 1.0), 0.0)
-    slopes = -2 * kernel.derivative(squared_distance, 1)
-    stein = weighted_differences(slopes, points, points)
+    stein = -2 * weighted_differences(derivative, points, points)
     projected = inverse[..., None] * product(eigenvectors.mT, stein)
     return SpectralFit(
         scores=whitening.score(-product(eigenvectors, projected)),

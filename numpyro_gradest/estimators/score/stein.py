@@ -48,9 +48,9 @@ class SteinFit(NamedTuple):
         """
         points = self.whitening.points(as_points(points, self.scores, caller="SteinFit.score"))
         squared_distance = squared_distances(points, self.whitened)
-        kernel = self.kernel.derivative(squared_distance)
+        kernel, derivative = self.kernel.derivatives(squared_distance, 1)
         solved = cho_solve((self.cholesky, True), kernel.mT).mT
-        slopes = -2 * self.kernel.derivative(squared_distance, 1) * (1 + solved)
+        slopes = -2 * derivative * (1 + solved)
         ridge = self.ridge[..., None, None]
         # The Schur complement of a positive matrix with that ridge is no smaller than the ridge;
         # rounding may think otherwise.
@@ -175,8 +175,8 @@ def _fit(
         samples, kernel, whiten, caller=caller
     )
     identity = jnp.eye(points.shape[-2], dtype=points.dtype)
-    cholesky = jnp.linalg.cholesky(kernel.derivative(squared_distance) + ridge * identity)
-    derivative = kernel.derivative(squared_distance, 1)
+    value, derivative = kernel.derivatives(squared_distance, 1)
+    cholesky = jnp.linalg.cholesky(value + ridge * identity)
     stein = -2 * weighted_differences(derivative, points, points)
     scores = whitening.score(-cho_solve((cholesky, True), stein))
     return SteinFit(

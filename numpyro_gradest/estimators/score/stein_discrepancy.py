@@ -87,7 +87,7 @@ def stein_kernel_matrix(
         samples, kernel, whiten, caller="kernel_stein_discrepancy"
     )
     scores = whitening.whitened_score(scores)
-    value, first, second = (kernel.derivative(squared_distance, order) for order in range(3))
+    value, first, second = kernel.derivatives(squared_distance, 2)
     # (s_i - s_j) . (x_i - x_j) as a sum of products, not of a [N, N, D] array.
     across = product(scores, points.mT)
     own = jnp.diagonal(across, axis1=-2, axis2=-1)

@@ -11,10 +11,10 @@ def squared_distances(
     """|x_i - y_j|^2 from inner products: both should be centred, or their offset is lost digits."""
     of_points = torch.sum(points**2, dim=-1)[..., :, None]
     of_samples = torch.sum(samples**2, dim=-1)[..., None, :]
-    squared = (-2 * points) @ samples.mT + of_points + of_samples
+    squared = ((-2 * points) @ samples.mT).add_(of_points).add_(of_samples)
     # What is no more than rounding is zero: between samples that coincide nothing may differ.
     rounding = 8 * torch.finfo(squared.dtype).eps
-    return torch.where(squared > rounding * of_points + rounding * of_samples, squared, 0.0)
+    return squared.masked_fill_(squared <= rounding * of_points + rounding * of_samples, 0.0)
 
 
 def weighted_differences(

@@ -142,8 +142,10 @@ def _score(
     points: Float[Tensor, " *batch P D"],
     samples: Float[Tensor, " *batch N D"],
 ) -> Float[Tensor, " *batch P D"]:
-    slopes = 2 * kernel.derivative(squared_distance, 1)
-    density = torch.sum(kernel.derivative(squared_distance), dim=-1, keepdim=True)
+    value, derivative = kernel.derivatives(squared_distance, 1)
+    density = torch.sum(value, dim=-1, keepdim=True)
     # Far from all samples both may underflow.
     smallest = torch.finfo(points.dtype).tiny
-    return weighted_differences(slopes, points, samples) / torch.clamp(density, min=smallest)
+    return (
+        2 * weighted_differences(derivative, points, samples) / torch.clamp(density, min=smallest)
+    )

@@ -167,11 +167,11 @@ def _fit(
     whitening, points, kernel, squared_distance = standardize(
         samples, kernel, whiten, caller=caller
     )
-    eigenvalues, eigenvectors = torch.linalg.eigh(kernel.derivative(squared_distance))
+    value, derivative = kernel.derivatives(squared_distance, 1)
+    eigenvalues, eigenvectors = torch.linalg.eigh(value)
     kept = _kept(eigenvalues, num_eigenfunctions, energy)
     inverse = torch.where(kept, 1 / torch.where(kept, eigenvalues, 1.0), 0.0)
-    slopes = -2 * kernel.derivative(squared_distance, 1)
-    stein = weighted_differences(slopes, points, points)
+    stein = -2 * weighted_differences(derivative, points, points)
     projected = inverse[..., None] * (eigenvectors.mT @ stein)
     return SpectralFit(
         scores=whitening.score(-(eigenvectors @ projected)),

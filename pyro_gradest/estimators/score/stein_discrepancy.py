@@ -86,7 +86,7 @@ def stein_kernel_matrix(
         samples, kernel, whiten, caller="kernel_stein_discrepancy"
     )
     scores = whitening.whitened_score(scores)
-    value, first, second = (kernel.derivative(squared_distance, order) for order in range(3))
+    value, first, second = kernel.derivatives(squared_distance, 2)
     # (s_i - s_j) . (x_i - x_j) as a sum of products, not of a [N, N, D] array.
     across = scores @ points.mT
     own = across.diagonal(dim1=-2, dim2=-1)
