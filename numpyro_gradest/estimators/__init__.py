@@ -1,6 +1,7 @@
 """Layer 1: arrays in, arrays out. Nothing here knows what a model, a site or a plate is."""
 
 from numpyro_gradest.estimators.multisample import (
+    dreg_weights,
     effective_sample_size,
     iwae_bound,
     linear_surrogate,
@@ -10,6 +11,7 @@ from numpyro_gradest.estimators.multisample import (
     reinforce_learning_signal,
     renyi_bound,
     vimco_learning_signal,
+    wake_phi_dreg_weights,
     wake_phi_learning_signal,
 )
 from numpyro_gradest.estimators.score import (
@@ -58,6 +60,7 @@ __all__ = [
     "SteinFit",
     "Whitening",
     "calibrate_score",
+    "dreg_weights",
     "effective_sample_size",
     "entropy_surrogate",
     "fit_kde",
@@ -89,5 +92,6 @@ __all__ = [
     "stein_identity",
     "stein_score",
     "vimco_learning_signal",
+    "wake_phi_dreg_weights",
     "wake_phi_learning_signal",
 ]

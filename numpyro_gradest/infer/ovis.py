@@ -31,8 +31,11 @@ class OVIS(MultiSampleELBO):
             enter the control variate only, never the bound. 0 is the asymptotic form.
         gamma: Between 0 and 1. Adds ``gamma`` times the wake-phi gradient to the asymptotic form,
             which helps while the effective sample size is near one.
-        reparam: ``"pathwise"`` differentiates through the values of reparameterised guide sites;
-            ``"score"`` takes the score function at every random site.
+        reparam: What guide sites with a reparameterised sampler get. ``"pathwise"`` differentiates
+            through their values; ``"dreg"`` does so doubly reparameterised: the same expectation
+            and a signal-to-noise ratio that does not fall with K; ``"stl"`` leaves the score of
+            their density out, which is biased for K > 1; ``"score"`` takes the score function at
+            every random site.
         num_replicates: Number of independent K-particle bounds to average.
         chunk_size: Run particles in chunks of this size: memory does not grow with
             ``num_particles``, at two forward passes instead of one.

@@ -26,8 +26,11 @@ class VIMCO(MultiSampleELBO):
         num_particles: K, the number of particles in the bound, at least 2.
         leave_one_out: ``"geometric"`` (the paper's) or ``"arithmetic"``, the mean that stands for
             the particle left out.
-        reparam: ``"pathwise"`` differentiates through the values of reparameterised guide sites;
-            ``"score"`` takes the score function at every random site.
+        reparam: What guide sites with a reparameterised sampler get. ``"pathwise"`` differentiates
+            through their values; ``"dreg"`` does so doubly reparameterised: the same expectation
+            and a signal-to-noise ratio that does not fall with K; ``"stl"`` leaves the score of
+            their density out, which is biased for K > 1; ``"score"`` takes the score function at
+            every random site.
         num_replicates: Number of independent K-particle bounds to average.
         chunk_size: Run particles in chunks of this size: memory does not grow with
             ``num_particles``, at two forward passes instead of one.

@@ -15,8 +15,13 @@ from jaxtyping import Float
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_gradest.estimators import iwae_bound, linear_surrogate, normalized_weights
-from pyro_gradest.infer._graph import graph_leaves
+from pyro_gradest.estimators import (
+    dreg_weights,
+    iwae_bound,
+    linear_surrogate,
+    normalized_weights,
+)
+from pyro_gradest.infer._graph import graph_leaves, through_cuts
 from pyro_gradest.infer._particles import (
     Particles,
     concatenate,
@@ -39,8 +44,11 @@ class MultiSampleELBO(ELBO):
 
     Args:
         num_particles: K, the number of particles in the bound.
-        reparam: ``"pathwise"`` differentiates through the values of guide sites with a
-            reparameterised sampler; ``"score"`` takes the score function at every random site.
+        reparam: What guide sites with a reparameterised sampler get. ``"pathwise"`` differentiates
+            through their values; ``"dreg"`` does so doubly reparameterised: the same expectation
+            and a signal-to-noise ratio that does not fall with K; ``"stl"`` leaves the score of
+            their density out, which is biased for K > 1; ``"score"`` takes the score function at
+            every random site.
         num_replicates: Number of independent K-particle bounds that are averaged.
         chunk_size: Run the particles in chunks of this size, so that memory does not grow with
             ``num_particles``. Model and guide run twice instead of once, with the same random
@@ -64,6 +72,7 @@ class MultiSampleELBO(ELBO):
 
     # VIMCO and OVIS leave one particle out.
     _least_particles = 1
+    _reparams: tuple[str, ...] = ("pathwise", "dreg", "stl", "score")
     num_auxiliary = 0
 
     def __init__(
@@ -94,8 +103,9 @@ class MultiSampleELBO(ELBO):
                 f"IWAE({num_particles}), which is the ELBO; to average several one-particle bounds "
                 "use IWAE(1, num_replicates=...)."
             )
-        if reparam not in ("pathwise", "score"):
-            raise ValueError(f'{name} needs reparam="pathwise" or "score", got {reparam!r}.')
+        if reparam not in self._reparams:
+            choices = " or ".join(f'"{choice}"' for choice in self._reparams)
+            raise ValueError(f"{name} needs reparam={choices}, got {reparam!r}.")
         super().__init__(
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,
@@ -118,6 +128,24 @@ class MultiSampleELBO(ELBO):
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
     ) -> Float[Tensor, " K *batch"]:
         """Full coefficient of grad log q at score-function sites."""
+
+    def _path_weights(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " K *batch"]:
+        """Under ``"dreg"``: coefficient of the log-weights along the path through the draws."""
+        return dreg_weights(log_weights)
+
+    def _coefficients(
+        self,
+        log_weights: Float[Tensor, " K *batch"],
+        auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
+    ) -> tuple[Float[Tensor, " K *batch"], ...]:
+        """b and a; and then, if those along the path through the draws differ, these."""
+        weights = normalized_weights(log_weights)
+        signal = self._learning_signal(log_weights, auxiliary_log_weights)
+        if self.reparam == "dreg":
+            path_weights = self._path_weights(log_weights)
+            # The path moves the weights, those of the score-function sites included.
+            return weights, signal, path_weights, signal - path_weights
+        return (weights, signal, weights, signal) if self.reparam == "stl" else (weights, signal)
 
     def _guide_surrogate(self, program: Program) -> Float[Tensor, ""] | float:
         """A further term whose gradient is added; its value is not."""
@@ -223,13 +251,14 @@ class MultiSampleELBO(ELBO):
                 auxiliary = self._by_replicate(others[0].log_weights)
 
         scale = particles.bound_scale / self.num_replicates
-        weights = scale * normalized_weights(log_weights).reshape(scale.shape)
-        signal = scale * self._learning_signal(log_weights, auxiliary).reshape(scale.shape)
+        coefficients = [
+            scale * one.reshape(scale.shape) for one in self._coefficients(log_weights, auxiliary)
+        ]
         if self.chunk_size is None:
-            surrogate = _surrogate(particles, weights, signal)
+            surrogate = _surrogate(particles, *coefficients)
         else:
-            parts = weights.split(self.chunk_size), signal.split(self.chunk_size)
-            surrogate = _surrogate_by_chunk(program, zip(chunks, *parts, strict=True))
+            parts = zip(*(one.split(self.chunk_size) for one in coefficients), strict=True)
+            surrogate = _surrogate_by_chunk(program, zip(chunks, parts, strict=True))
         surrogate = surrogate + self._guide_surrogate(program)
         # The second term is exactly zero: it brings the gradient and leaves the value alone.
         loss = -(self._bound(particles) + (surrogate - surrogate.detach()))
@@ -297,28 +326,31 @@ class _OtherRandomNumbers(RuntimeError):
 
 
 def _surrogate_by_chunk(
-    program: Program, chunks: Iterable[tuple[_Chunk, Tensor, Tensor]]
+    program: Program, chunks: Iterable[tuple[_Chunk, tuple[Tensor, ...]]]
 ) -> Float[Tensor, ""]:
     """A scalar with the gradient of all chunks' surrogates, of which one is alive at a time."""
     gradients: dict[Tensor, Tensor] = {}
-    for chunk, weights, learning_signal in chunks:
-        for leaf, gradient in _gradients_at_leaves(
-            _rerun(program, chunk, weights, learning_signal)
-        ):
+    for chunk, coefficients in chunks:
+        particles = _rerun(program, chunk)
+        copies = [cut.copy for path in particles.paths for cut in path]
+        surrogate = _surrogate(particles, *coefficients)
+        for leaf, gradient in _gradients_at_leaves(surrogate, but=copies):
             gradients[leaf] = gradients[leaf] + gradient if leaf in gradients else gradient
     products = [(leaf * gradient).sum() for leaf, gradient in gradients.items()]
     return torch.stack(products).sum() if products else torch.zeros(())
 
 
-def _gradients_at_leaves(surrogate: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    leaves = graph_leaves(surrogate)
+def _gradients_at_leaves(
+    surrogate: Tensor, *, but: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    leaves = graph_leaves(surrogate, but=but)
     if not leaves:
         return iter(())
     # What the arguments were computed from is common to all chunks and has to stay.
     return zip(leaves, torch.autograd.grad(surrogate, leaves, retain_graph=True), strict=True)
 
 
-def _rerun(program: Program, chunk: _Chunk, weights: Tensor, learning_signal: Tensor) -> Tensor:
+def _rerun(program: Program, chunk: _Chunk) -> Particles:
     with replayed(chunk.before):
         particles = run_particles(program._replace(subsamples=dict(chunk.subsamples)), chunk.size)
         if not all(map(torch.equal, _rng_state(), chunk.after)):
@@ -327,17 +359,27 @@ def _rerun(program: Program, chunk: _Chunk, weights: Tensor, learning_signal: Te
                 "they drew a different number of random values. Make them draw the same values at "
                 "each call, or leave chunk_size out."
             )
-    return _surrogate(particles, weights, learning_signal)
+    return particles
 
 
-def _surrogate(particles: Particles, weights: Tensor, learning_signal: Tensor) -> Tensor:
-    return linear_surrogate(
-        particles.log_p,
-        particles.log_q_path,
-        particles.log_q_score,
-        weights=weights,
-        learning_signal=learning_signal,
+def _surrogate(
+    particles: Particles, weights: Tensor, learning_signal: Tensor, *path: Tensor
+) -> Tensor:
+    log_p, log_q_score, log_q_path, log_q_draw, *_ = particles
+    surrogate = linear_surrogate(
+        log_p, log_q_path, log_q_score, weights=weights, learning_signal=learning_signal
     ).sum()
+    if not path:
+        return surrogate
+    path_weights, path_signal = path
+    along_path = linear_surrogate(
+        log_p,
+        log_q_path + log_q_draw,
+        log_q_score,
+        weights=path_weights,
+        learning_signal=path_signal,
+    ).sum()
+    return surrogate + through_cuts(along_path, particles.paths)
 
 
 def _rng_state() -> list[Tensor]:

@@ -19,6 +19,8 @@ SIGNALS = {
     "ovis-gamma0": ("ovis_gamma_learning_signal", {"gamma": 0.0}),
     "ovis-gamma1": ("ovis_gamma_learning_signal", {"gamma": 1.0}),
     "wake-phi": ("wake_phi_learning_signal", {}),
+    "dreg": ("dreg_weights", {}),
+    "wake-phi-dreg": ("wake_phi_dreg_weights", {}),
 }
 LEAVE_ONE_OUT = [name for name in SIGNALS if name.startswith(("vimco", "ovis"))]
 

@@ -16,6 +16,8 @@ SIGNALS = {
     "ovis-gamma0.5": ("ovis_gamma_learning_signal", {"gamma": 0.5}),
     "ovis-gamma1": ("ovis_gamma_learning_signal", {"gamma": 1.0}),
     "wake-phi": ("wake_phi_learning_signal", {}),
+    "dreg": ("dreg_weights", {}),
+    "wake-phi-dreg": ("wake_phi_dreg_weights", {}),
 }
 BOUNDS = {
     "iwae": ("iwae_bound", {}),

@@ -145,6 +145,19 @@ def wake_phi_learning_signal(log_weights):
     return normalized_weights(log_weights)
 
 
+def dreg_weights(log_weights):
+    return _per_batch_element(lambda lw: [v * v for v in weights_of(lw)], log_weights)
+
+
+def wake_phi_dreg_weights(log_weights):
+    def weights(lw):
+        # The others' weight is summed: 1 - v has no digit left where one particle dominates.
+        vs = weights_of(lw)
+        return [v * sum(vs[:k] + vs[k + 1 :], FLOAT(0)) for k, v in enumerate(vs)]
+
+    return _per_batch_element(weights, log_weights)
+
+
 def linear_surrogate(log_p, log_q_path, log_q_score, *, weights, learning_signal):
     def functional(p, path, score, b, a):
         total = FLOAT(0)

@@ -6,6 +6,7 @@ from numpyro_gradest.estimators.multisample.bounds import (
     normalized_weights,
     renyi_bound,
 )
+from numpyro_gradest.estimators.multisample.dreg import dreg_weights, wake_phi_dreg_weights
 from numpyro_gradest.estimators.multisample.ovis import (
     ovis_gamma_learning_signal,
     ovis_mc_learning_signal,
@@ -16,6 +17,7 @@ from numpyro_gradest.estimators.multisample.vimco import vimco_learning_signal
 from numpyro_gradest.estimators.multisample.wake_sleep import wake_phi_learning_signal
 
 __all__ = [
+    "dreg_weights",
     "effective_sample_size",
     "iwae_bound",
     "linear_surrogate",
@@ -25,5 +27,6 @@ __all__ = [
     "reinforce_learning_signal",
     "renyi_bound",
     "vimco_learning_signal",
+    "wake_phi_dreg_weights",
     "wake_phi_learning_signal",
 ]
