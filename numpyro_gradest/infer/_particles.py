@@ -111,7 +111,10 @@ def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> P
             total = density
         totals[term.part] += total
     return Particles(
-        **totals,
+        log_p=totals["log_p"],
+        log_q_score=totals["log_q_score"],
+        log_q_path=totals["log_q_path"],
+        log_q_draw=totals["log_q_draw"],
         bound_scale=plates.subsample_scale * common_scale * jnp.ones(plates.sizes),
         mutable_state=mutable_state_of(guide_trace) | mutable_state_of(model_trace),
         largest=largest,

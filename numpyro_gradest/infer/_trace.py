@@ -1,7 +1,6 @@
 """Runs model and guide: the guide draws, the model follows."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -38,13 +37,20 @@ class Program(NamedTuple):
     """Whether particles are weighed against each other, so that log-weights must be whole."""
     takes_implicit: bool = False
     """Whether implicit sites are dealt with; else they raise, as they have no density."""
+    plate_key: Array | None = None
+    """What every plate's subsample is drawn from, so that all particles see the same data."""
 
     def with_plate_key(self, key: Array) -> "Program":
         """Draw every plate's subsample from one key, so that all particles see the same data."""
-        seed = partial(
-            handlers.seed, rng_seed=key, hide_types=["sample", "prng_key", "control_flow"]
+        program = self._replace(plate_key=key)
+        return program._replace(
+            model=program.in_its_plates(self.model), guide=program.in_its_plates(self.guide)
         )
-        return self._replace(model=seed(self.model), guide=seed(self.guide))
+
+    def in_its_plates(self, fn: Callable) -> Callable:
+        """A function whose plates draw the subsamples of the program's."""
+        hidden = ["sample", "prng_key", "control_flow"]
+        return handlers.seed(fn, rng_seed=self.plate_key, hide_types=hidden)
 
     def detached(self) -> "Program":
         """The same program without gradient."""

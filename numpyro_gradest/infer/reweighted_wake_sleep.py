@@ -127,6 +127,7 @@ class ReweightedWakeSleep(MultiSampleELBO):
 
     def _learning_signal(
         self,
+        program: Program,
         log_weights: Float[Array, " K *batch"],
         auxiliary_log_weights: Float[Array, " S *batch"] | None,
     ) -> Float[Array, " K *batch"]:
@@ -135,7 +136,9 @@ class ReweightedWakeSleep(MultiSampleELBO):
     def _path_weights(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
         return self.insomnia * wake_phi_dreg_weights(log_weights)
 
-    def _guide_surrogate(self, program: Program, key: Array) -> Float[Array, ""] | float:
+    def _further_surrogate(
+        self, program: Program, log_weights: Float[Array, " K *batch"], key: Array
+    ) -> Float[Array, ""] | float:
         if self.insomnia == 1:
             return 0.0
         keys = jax.random.split(key, self.num_sleep_particles)

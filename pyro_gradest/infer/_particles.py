@@ -86,7 +86,7 @@ def concatenate(runs: list[Particles]) -> Particles:
         for site, terms in run.items():
             by_site[site].append(terms)
     joined = {site: torch.cat(terms) for site, terms in by_site.items()}
-    return Particles(*tensors, largest=joined, paths=sum(paths, ()))
+    return Particles._make([*tensors, joined, sum(paths, ())])
 
 
 def read_particles(
@@ -130,7 +130,7 @@ def read_particles(
         for _, site in samples(guide_trace)
         if "path_value" in site
     )
-    return Particles(*tensors, largest=largest, paths=(path,))
+    return Particles._make([*tensors, largest, (path,)])
 
 
 class _Term(NamedTuple):

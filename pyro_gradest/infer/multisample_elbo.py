@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pyro_gradest.estimators import (
     dreg_weights,
-    iwae_bound,
     linear_surrogate,
-    normalized_weights,
+    renyi_bound,
+    renyi_weights,
 )
 from pyro_gradest.infer._graph import graph_leaves, through_cuts
 from pyro_gradest.infer._particles import (
@@ -40,7 +40,7 @@ class MultiSampleELBO(ELBO):
 
     .. math:: -\sum_k b_k \log p(x, z_k) - b_k \log q_{\mathrm{path}} + a_k \log q_{\mathrm{score}}
 
-    with b the self-normalised weights, and a and b held constant.
+    with b the self-normalised weights of order alpha, and a and b held constant.
 
     Args:
         num_particles: K, the number of particles in the bound.
@@ -49,6 +49,8 @@ class MultiSampleELBO(ELBO):
             and a signal-to-noise ratio that does not fall with K; ``"stl"`` leaves the score of
             their density out, which is biased for K > 1; ``"score"`` takes the score function at
             every random site.
+        alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
+            (the ELBO, averaged over the particles).
         num_replicates: Number of independent K-particle bounds that are averaged.
         chunk_size: Run the particles in chunks of this size, so that memory does not grow with
             ``num_particles``. Model and guide run twice instead of once, with the same random
@@ -80,6 +82,7 @@ class MultiSampleELBO(ELBO):
         num_particles: int,
         *,
         reparam: str = "pathwise",
+        alpha: float = 0.0,
         num_replicates: int = 1,
         chunk_size: int | None = None,
         max_plate_nesting: float = math.inf,
@@ -103,6 +106,12 @@ class MultiSampleELBO(ELBO):
                 f"IWAE({num_particles}), which is the ELBO; to average several one-particle bounds "
                 "use IWAE(1, num_replicates=...)."
             )
+        if not 0 <= alpha <= 1:
+            raise ValueError(
+                f"{name} needs 0 <= alpha <= 1, got {alpha}: 0 is the importance-weighted bound, 1 "
+                "the ELBO, and beyond them the estimate is no lower bound or has no finite "
+                "variance."
+            )
         if reparam not in self._reparams:
             choices = " or ".join(f'"{choice}"' for choice in self._reparams)
             raise ValueError(f"{name} needs reparam={choices}, got {reparam!r}.")
@@ -118,37 +127,50 @@ class MultiSampleELBO(ELBO):
             tail_adaptive_beta=tail_adaptive_beta,
         )
         self.reparam = reparam
+        self.alpha = alpha
         self.num_replicates = num_replicates
         self.chunk_size = chunk_size
 
     @abstractmethod
     def _learning_signal(
         self,
+        program: Program,
         log_weights: Float[Tensor, " K *batch"],
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
     ) -> Float[Tensor, " K *batch"]:
         """Full coefficient of grad log q at score-function sites."""
 
+    def _bound(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " *batch"]:
+        """What the negative loss is, for each element of the common plates."""
+        return renyi_bound(log_weights, alpha=self.alpha)
+
+    def _weights(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " K *batch"]:
+        """b, the coefficient of grad log p."""
+        return renyi_weights(log_weights, alpha=self.alpha)
+
     def _path_weights(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " K *batch"]:
         """Under ``"dreg"``: coefficient of the log-weights along the path through the draws."""
-        return dreg_weights(log_weights)
+        return dreg_weights(log_weights, alpha=self.alpha)
 
     def _coefficients(
         self,
+        program: Program,
         log_weights: Float[Tensor, " K *batch"],
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
     ) -> tuple[Float[Tensor, " K *batch"], ...]:
         """b and a; and then, if those along the path through the draws differ, these."""
-        weights = normalized_weights(log_weights)
-        signal = self._learning_signal(log_weights, auxiliary_log_weights)
+        weights = self._weights(log_weights)
+        signal = self._learning_signal(program, log_weights, auxiliary_log_weights)
         if self.reparam == "dreg":
             path_weights = self._path_weights(log_weights)
             # The path moves the weights, those of the score-function sites included.
             return weights, signal, path_weights, signal - path_weights
         return (weights, signal, weights, signal) if self.reparam == "stl" else (weights, signal)
 
-    def _guide_surrogate(self, program: Program) -> Float[Tensor, ""] | float:
-        """A further term whose gradient is added; its value is not."""
+    def _further_surrogate(
+        self, program: Program, log_weights: Float[Tensor, " K *batch"]
+    ) -> Float[Tensor, ""] | float:
+        """A further term whose gradient is added; its value is not. Once at the end of a step."""
         return 0.0
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -170,7 +192,7 @@ class MultiSampleELBO(ELBO):
             particles = self._weigh(
                 program_of(self, model, guide, args, kwargs), self._num_runs, []
             )
-            loss = -self._bound(particles).item()
+            loss = -self._total_bound(particles).item()
         _check_loss(loss, particles)
         return loss
 
@@ -252,16 +274,17 @@ class MultiSampleELBO(ELBO):
 
         scale = particles.bound_scale / self.num_replicates
         coefficients = [
-            scale * one.reshape(scale.shape) for one in self._coefficients(log_weights, auxiliary)
+            scale * one.reshape(scale.shape)
+            for one in self._coefficients(program, log_weights, auxiliary)
         ]
         if self.chunk_size is None:
             surrogate = _surrogate(particles, *coefficients)
         else:
             parts = zip(*(one.split(self.chunk_size) for one in coefficients), strict=True)
             surrogate = _surrogate_by_chunk(program, zip(chunks, parts, strict=True))
-        surrogate = surrogate + self._guide_surrogate(program)
+        surrogate = surrogate + self._further_surrogate(program, log_weights)
         # The second term is exactly zero: it brings the gradient and leaves the value alone.
-        loss = -(self._bound(particles) + (surrogate - surrogate.detach()))
+        loss = -(self._total_bound(particles) + (surrogate - surrogate.detach()))
         return loss, particles, *others
 
     def _weigh(self, program: Program, num_runs: int, chunks: list["_Chunk"]) -> Particles:
@@ -276,8 +299,8 @@ class MultiSampleELBO(ELBO):
             chunks.append(_Chunk(size, subsamples, before, _rng_state()))
         return concatenate(runs)
 
-    def _bound(self, particles: Particles) -> Float[Tensor, ""]:
-        bound = iwae_bound(self._by_replicate(particles.log_weights)).mean(dim=0)
+    def _total_bound(self, particles: Particles) -> Float[Tensor, ""]:
+        bound = self._bound(self._by_replicate(particles.log_weights)).mean(dim=0)
         return (particles.bound_scale[0] * bound).sum()
 
     def _by_replicate(
@@ -303,7 +326,7 @@ def program_of(elbo: Any, model: Callable, guide: Callable, args: tuple, kwargs:
         args=args,
         kwargs=kwargs,
         reparam=elbo.reparam,
-        is_weighted=elbo.num_particles > 1,
+        is_weighted=elbo.num_particles > 1 and getattr(elbo, "alpha", 0.0) != 1,
         vectorize_particles=elbo.vectorize_particles,
         max_plate_nesting=elbo.max_plate_nesting - host_counts_particles,
         refuse_enumeration=elbo.strict_enumeration_warning,

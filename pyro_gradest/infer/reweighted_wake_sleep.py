@@ -117,6 +117,7 @@ class ReweightedWakeSleep(MultiSampleELBO):
         super().__init__(
             num_particles,
             reparam=reparam,
+            alpha=0.0,
             num_replicates=num_replicates,
             chunk_size=chunk_size,
             **host_options,
@@ -131,6 +132,7 @@ class ReweightedWakeSleep(MultiSampleELBO):
 
     def _learning_signal(
         self,
+        program: Program,
         log_weights: Float[Tensor, " K *batch"],
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
     ) -> Float[Tensor, " K *batch"]:
@@ -139,7 +141,9 @@ class ReweightedWakeSleep(MultiSampleELBO):
     def _path_weights(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " K *batch"]:
         return self.insomnia * wake_phi_dreg_weights(log_weights)
 
-    def _guide_surrogate(self, program: Program) -> Float[Tensor, ""] | float:
+    def _further_surrogate(
+        self, program: Program, log_weights: Float[Tensor, " K *batch"]
+    ) -> Float[Tensor, ""] | float:
         if self.insomnia == 1:
             return 0.0
         log_q = dream_log_q(program, self.num_sleep_particles, self.dream_inputs)

@@ -198,6 +198,8 @@ CASES = [
     ("discrete-around", "VIMCO", ()),
     ("discrete-around", "OVIS", (("gamma", 0.5),)),
     ("discrete-around-K1", "IWAE", ()),
+    ("gaussian", "IWAE", (("alpha", 0.4),)),
+    ("discrete-around", "VIMCO", (("alpha", 1.0),)),
 ]
 
 

@@ -47,6 +47,11 @@ X = torch.tensor([0.9, -0.4, 0.1, 1.7])
         (lambda: ReweightedWakeSleep(2, insomnia=-1), ValueError, "0 <= insomnia <= 1, got -1"),
         (lambda: ReweightedWakeSleep(2, num_sleep_particles=0), ValueError, "num_sleep_particles"),
         (lambda: ReweightedWakeSleep(2, reparam="stl"), ValueError, 'reparam="score" or "dreg"'),
+        (lambda: ReweightedWakeSleep(2, alpha=0.5), TypeError, "alpha"),
+        (lambda: VIMCO(2, alpha=1.5), ValueError, r"0 <= alpha <= 1, got 1\.5"),
+        (lambda: IWAE(2, alpha=math.nan), ValueError, "0 <= alpha <= 1, got nan"),
+        (lambda: OVIS(2, alpha=0.5, gamma=1.0), ValueError, "alpha=0.5 with gamma=1.0"),
+        (lambda: OVIS(2, alpha=0.5, num_auxiliary=1), ValueError, "num_auxiliary=1"),
     ],
 )
 def test_options_are_checked_when_the_objective_is_made(build, error, match):

@@ -9,13 +9,18 @@ from jaxtyping import Array, Float
 
 from numpyro_gradest.estimators.multisample._leave_one_out import leave_one_out
 from numpyro_gradest.estimators.multisample._validation import as_log_weights
-from numpyro_gradest.estimators.multisample.bounds import normalized_weights
+from numpyro_gradest.estimators.multisample.renyi import renyi_weights
 
 
-def dreg_weights(log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
+def dreg_weights(
+    log_weights: Float[Array, " K *batch"], *, alpha: float = 0.0
+) -> Float[Array, " K *batch"]:
     r"""Doubly reparameterised weights of the importance-weighted bound.
 
-    .. math:: u_k = v_k^2
+    .. math:: u_k = v_k^2, \qquad u_k = \alpha \tilde v_k + (1 - \alpha) \tilde v_k^2
+
+    the latter for the variational Renyi bound of order alpha, with its weights
+    :func:`renyi_weights`.
 
     The pathwise gradient of the bound is :math:`\sum_k v_k \, \partial \log w_k` along the path
     minus :math:`\sum_k v_k h_k`. Reparameterising the latter once more turns the sum of both into
@@ -23,13 +28,14 @@ def dreg_weights(log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *ba
 
     Args:
         log_weights: Unnormalised log-weights in nats, shape ``[K, *batch]``, K >= 1.
+        alpha: Order of the bound, between 0 (importance-weighted) and 1 (ELBO).
 
     Returns:
         Detached coefficients of the path, shape ``[K, *batch]``. Zeros where every weight is zero.
 
     Raises:
         TypeError: If ``log_weights`` is not of a floating dtype.
-        ValueError: If ``log_weights`` has no particle axis.
+        ValueError: If ``log_weights`` has no particle axis, or ``alpha`` is not in [0, 1].
 
     Bias and variance:
         Unbiased for the guide's gradient of the K-sample bound. Its signal-to-noise ratio grows as
@@ -48,9 +54,12 @@ def dreg_weights(log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *ba
         Tucker, Lawson, Gu and Maddison, `Doubly Reparameterized Gradient Estimators for Monte Carlo
         Objectives <https://arxiv.org/abs/1810.04152>`_, 2019, equation 8. Bauer and Mnih,
         `Generalized Doubly Reparameterized Gradient Estimators <https://arxiv.org/abs/2101.11046>`_,
-        2021, for guides of several layers.
+        2021, for guides of several layers. Daudel, Benton, Shi and Doucet, `Alpha-divergence
+        Variational Inference Meets Importance Weighted Auto-Encoders
+        <https://arxiv.org/abs/2210.06226>`_, 2023, for other orders.
     """
-    return normalized_weights(as_log_weights(log_weights, caller="dreg_weights")) ** 2
+    weights = renyi_weights(log_weights, alpha=alpha)
+    return weights * (alpha + (1 - alpha) * weights)
 
 
 def wake_phi_dreg_weights(log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
