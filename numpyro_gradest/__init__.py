@@ -5,7 +5,10 @@ from numpyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, c
 from numpyro_gradest.distributions import Implicit
 from numpyro_gradest.infer import (
     IWAE,
+    NVIL,
     OVIS,
+    RLOO,
+    TVO,
     VIMCO,
     AutoImplicit,
     ImplicitELBO,
@@ -19,7 +22,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IWAE",
+    "NVIL",
     "OVIS",
+    "RLOO",
+    "TVO",
     "VIMCO",
     "AutoImplicit",
     "Implicit",

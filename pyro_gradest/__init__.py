@@ -5,7 +5,10 @@ from pyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, chec
 from pyro_gradest.distributions import Implicit
 from pyro_gradest.infer import (
     IWAE,
+    NVIL,
     OVIS,
+    RLOO,
+    TVO,
     VIMCO,
     AutoImplicit,
     ImplicitELBO,
@@ -19,7 +22,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IWAE",
+    "NVIL",
     "OVIS",
+    "RLOO",
+    "TVO",
     "VIMCO",
     "AutoImplicit",
     "Implicit",

@@ -22,15 +22,25 @@ from numpyro_gradest.infer._plates import (
 from numpyro_gradest.infer._sites import (
     Site,
     Trace,
+    is_path_draw,
     is_score_site,
     log_prob_of,
     mask_of,
     samples,
     unmasked,
 )
-from numpyro_gradest.infer._trace import Program, mutable_state_of, trace_particle
+from numpyro_gradest.infer._trace import (
+    Program,
+    mutable_state_of,
+    trace_particle,
+    trace_particle_twice,
+)
 
 Scale = float | Array
+
+_PARTS = ("log_p", "log_q_path", "log_q_score", "log_q_draw")
+_DRAWN = ("log_q_score", "log_q_draw")
+"""Parts that hold the density of a draw, which happens whatever its scale and mask."""
 
 
 class Particles(NamedTuple):
@@ -44,22 +54,34 @@ class Particles(NamedTuple):
     log_q_path: Float[Array, " *batch"]
     """The rest of log q: the reparameterised sites, whose values are attached, and what scale and
     mask add to the score-function sites."""
+    log_q_draw: Float[Array, " *batch"]
+    """Under ``"dreg"`` and ``"stl"``: log-density of the reparameterised draws, taken out of
+    ``log_q_path``, which keeps what scale and mask add. Zeros otherwise."""
     bound_scale: Float[Array, " *batch"]
     """What multiplies the bound: N/B of subsampled plates, and a scale common to all sites."""
     mutable_state: dict[str, Any]
     """Values of the ``mutable`` sites after the run."""
     largest: dict[str, Float[Array, " *particles"]]
     """For each site the largest term that it adds to a log-weight: NaN or +inf show a fault."""
+    along_path: "Particles | None" = None
+    """Under ``"dreg"`` and ``"stl"``: the same once more, with no gradient but that along the path
+    through the reparameterised draws."""
 
     @property
     def log_weights(self) -> Float[Array, " *batch"]:
         """log p(x, z) - log q(z), detached."""
-        return jax.lax.stop_gradient(self.log_p - self.log_q_path - self.log_q_score)
+        return jax.lax.stop_gradient(
+            self.log_p - self.log_q_path - self.log_q_score - self.log_q_draw
+        )
 
 
 def run_particle(program: Program, key: Array) -> Particles:
     """Run the guide, then the model at the guide's values, and read their log-probabilities."""
-    return read_particle(program, *trace_particle(program, key))
+    if program.reparam not in ("dreg", "stl"):
+        return read_particle(program, *trace_particle(program, key))
+    explicit, along_path = trace_particle_twice(program, key)
+    particle = read_particle(program, *explicit)
+    return particle._replace(along_path=read_particle(program, *along_path))
 
 
 def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> Particles:
@@ -67,12 +89,11 @@ def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> P
     plates = common_plates(model_trace, guide_trace, is_weighted=program.is_weighted)
     terms = [_read_site("log_p", name, site, plates) for name, site in samples(model_trace)]
     for name, site in samples(guide_trace):
-        part = "log_q_score" if is_score_site(site, program.reparam) else "log_q_path"
-        terms.append(_read_site(part, name, site, plates))
+        terms.append(_read_site(_part_of(site, program.reparam), name, site, plates))
 
     common_scale = _common_scale(terms, plates)
     is_active = _is_active(terms, plates)
-    totals = dict.fromkeys(("log_p", "log_q_path", "log_q_score"), jnp.zeros(plates.sizes))
+    totals = dict.fromkeys(_PARTS, jnp.zeros(plates.sizes))
     largest: dict[str, Array] = {}
     for term in terms:
         is_scaled = not _is_same_number(term.scale, common_scale)
@@ -82,7 +103,7 @@ def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> P
             total /= common_scale
         added = jax.lax.stop_gradient(total if term.part == "log_p" else -total)
         largest[_where(term)] = jnp.max(added, initial=-jnp.inf)
-        if term.part == "log_q_score" and (is_scaled or term.mask is not True):
+        if term.part in _DRAWN and (is_scaled or term.mask is not True):
             drawn = term.site | {"fn": unmasked(term.site["fn"])}
             density = to_batch(log_prob_of(term.name, drawn), term.dims, plates)
             density = jnp.where(is_active, density, 0.0)
@@ -90,7 +111,10 @@ def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> P
             total = density
         totals[term.part] += total
     return Particles(
-        **totals,
+        log_p=totals["log_p"],
+        log_q_score=totals["log_q_score"],
+        log_q_path=totals["log_q_path"],
+        log_q_draw=totals["log_q_draw"],
         bound_scale=plates.subsample_scale * common_scale * jnp.ones(plates.sizes),
         mutable_state=mutable_state_of(guide_trace) | mutable_state_of(model_trace),
         largest=largest,
@@ -109,6 +133,12 @@ class _Term(NamedTuple):
     scale: Scale
     """The product of the scale handlers (and of N/B of plates that are not common)."""
     mask: bool | Array
+
+
+def _part_of(site: Site, reparam: str) -> str:
+    if is_score_site(site, reparam):
+        return "log_q_score"
+    return "log_q_draw" if is_path_draw(site, reparam) else "log_q_path"
 
 
 def _read_site(part: str, name: str, site: Site, plates: CommonPlates) -> _Term:

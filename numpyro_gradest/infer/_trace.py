@@ -1,7 +1,6 @@
 """Runs model and guide: the guide draws, the model follows."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,15 @@ from numpyro.util import check_model_guide_match
 
 from numpyro_gradest.infer._implicit import implicit_parents, take_implicit_sites
 from numpyro_gradest.infer._plates import CommonPlates, plate_dims
-from numpyro_gradest.infer._sites import Site, Trace, is_auxiliary, is_score_site, samples
+from numpyro_gradest.infer._sites import (
+    Site,
+    Trace,
+    is_auxiliary,
+    is_deterministic,
+    is_path_draw,
+    is_score_site,
+    samples,
+)
 
 
 class Program(NamedTuple):
@@ -24,43 +31,99 @@ class Program(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
     reparam: str
-    """``"pathwise"``, or ``"score"`` to take the score function at every random guide site."""
+    """``"pathwise"``; ``"score"`` to take the score function at every random guide site;
+    ``"dreg"`` or ``"stl"`` to tell the gradient of reparameterised draws from all others."""
     is_weighted: bool
     """Whether particles are weighed against each other, so that log-weights must be whole."""
     takes_implicit: bool = False
     """Whether implicit sites are dealt with; else they raise, as they have no density."""
+    plate_key: Array | None = None
+    """What every plate's subsample is drawn from, so that all particles see the same data."""
 
     def with_plate_key(self, key: Array) -> "Program":
         """Draw every plate's subsample from one key, so that all particles see the same data."""
-        seed = partial(
-            handlers.seed, rng_seed=key, hide_types=["sample", "prng_key", "control_flow"]
+        program = self._replace(plate_key=key)
+        return program._replace(
+            model=program.in_its_plates(self.model), guide=program.in_its_plates(self.guide)
         )
-        return self._replace(model=seed(self.model), guide=seed(self.guide))
+
+    def in_its_plates(self, fn: Callable) -> Callable:
+        """A function whose plates draw the subsamples of the program's."""
+        hidden = ["sample", "prng_key", "control_flow"]
+        return handlers.seed(fn, rng_seed=self.plate_key, hide_types=hidden)
 
     def detached(self) -> "Program":
         """The same program without gradient."""
-        return self._replace(params=jax.lax.stop_gradient(self.params))
+        params, args, kwargs = map(_without_gradient, (self.params, self.args, self.kwargs))
+        return self._replace(params=params, args=args, kwargs=kwargs)
 
 
 def trace_particle(program: Program, key: Array) -> tuple[Trace, Trace]:
     """Trace the model and the guide; gradients stop at the values of score-function sites."""
     model_key, guide_key = jax.random.split(key)
-    # Programs update mutable state in place: every run gets containers of its own.
-    params = jax.tree.map(lambda leaf: leaf, program.params)
-    guide = handlers.substitute(handlers.seed(program.guide, guide_key), data=params)
-    with _DetachScoreSites(program.reparam):
-        guide_trace = handlers.trace(guide).get_trace(*program.args, **program.kwargs)
-    # Substituted, not replayed: the host's replay does not reach sites inside of cond.
-    data = params | _drawn(guide_trace) | mutable_state_of(guide_trace)
-    model = handlers.substitute(handlers.seed(program.model, model_key), data=data)
-    model_trace = handlers.trace(model).get_trace(*program.args, **program.kwargs)
-    _check_match(model_trace, guide_trace)
+    guide_trace = _trace_guide(program, guide_key, {})
+    model_trace = _trace_model(program, model_key, guide_trace)
     if program.takes_implicit:
         params = jax.tree.map(lambda leaf: leaf, program.params)
         guide = handlers.substitute(handlers.seed(program.guide, guide_key), data=params)
         parents = implicit_parents(guide, guide_trace, program.args, program.kwargs)
         take_implicit_sites(model_trace, guide_trace, parents)
     return model_trace, guide_trace
+
+
+def trace_particle_twice(
+    program: Program, key: Array
+) -> tuple[tuple[Trace, Trace], tuple[Trace, Trace]]:
+    """Trace model and guide at the same draws, with two different gradients.
+
+    In the first pair the parameters have a gradient and the draws have none. In the second it is
+    the reverse: there is one along the path through the reparameterised draws and no other.
+    """
+    model_key, guide_key = jax.random.split(key)
+    drawn = _trace_guide(program, guide_key, {})
+    draws = {
+        name: site["value"]
+        for name, site in samples(drawn)
+        if not (site["is_observed"] or is_deterministic(site))
+    }
+    if not any(is_path_draw(drawn[name], program.reparam) for name in draws):
+        raise ValueError(
+            f'reparam="{program.reparam}" is about guide sites with a reparameterised sampler, but '
+            f"the guide has none (it samples {sorted(_drawn(drawn)) or 'nothing'}). Use the "
+            "default reparam, which treats other sites alike."
+        )
+    pairs = []
+    for one, values in (
+        (program, jax.lax.stop_gradient(draws)),
+        (program.detached(), draws),
+    ):
+        guide_trace = _trace_guide(one, guide_key, values)
+        pairs.append((_trace_model(one, model_key, guide_trace), guide_trace))
+    return pairs[0], pairs[1]
+
+
+def _trace_guide(program: Program, key: Array, draws: dict[str, Array]) -> Trace:
+    # Programs update mutable state in place: every run gets containers of its own.
+    params = jax.tree.map(lambda leaf: leaf, program.params)
+    guide = handlers.substitute(handlers.seed(program.guide, key), data=params | draws)
+    with _DetachScoreSites(program.reparam):
+        return handlers.trace(guide).get_trace(*program.args, **program.kwargs)
+
+
+def _trace_model(program: Program, key: Array, guide_trace: Trace) -> Trace:
+    params = jax.tree.map(lambda leaf: leaf, program.params)
+    # Substituted, not replayed: the host's replay does not reach sites inside of cond.
+    data = params | _drawn(guide_trace) | mutable_state_of(guide_trace)
+    model = handlers.substitute(handlers.seed(program.model, key), data=data)
+    model_trace = handlers.trace(model).get_trace(*program.args, **program.kwargs)
+    _check_match(model_trace, guide_trace)
+    return model_trace
+
+
+def _without_gradient(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, tree
+    )
 
 
 def trace_guide_at(program: Program, guide_trace: Trace, key: Array) -> Trace:

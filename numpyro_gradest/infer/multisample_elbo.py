@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpyro.infer import ELBO
 
-from numpyro_gradest.estimators import iwae_bound, linear_surrogate, normalized_weights
+from numpyro_gradest.estimators import (
+    dreg_weights,
+    linear_surrogate,
+    renyi_bound,
+    renyi_weights,
+)
 from numpyro_gradest.infer._particles import Particles, refuse_log_weights, run_particle
 from numpyro_gradest.infer._trace import Program
 
@@ -28,12 +33,17 @@ class MultiSampleELBO(ELBO, ABC):
 
     .. math:: -\sum_k b_k \log p(x, z_k) - b_k \log q_{\mathrm{path}} + a_k \log q_{\mathrm{score}}
 
-    with b the self-normalised weights, and a and b held constant.
+    with b the self-normalised weights of order alpha, and a and b held constant.
 
     Args:
         num_particles: K, the number of particles in the bound.
-        reparam: ``"pathwise"`` differentiates through the values of guide sites with a
-            reparameterised sampler; ``"score"`` takes the score function at every random site.
+        reparam: What guide sites with a reparameterised sampler get. ``"pathwise"`` differentiates
+            through their values; ``"dreg"`` does so doubly reparameterised: the same expectation
+            and a signal-to-noise ratio that does not fall with K; ``"stl"`` leaves the score of
+            their density out, which is biased for K > 1; ``"score"`` takes the score function at
+            every random site.
+        alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
+            (the ELBO, averaged over the particles).
         num_replicates: Number of independent K-particle bounds that are averaged.
         chunk_size: Run the particles in chunks of this size, so that memory does not grow with
             ``num_particles``; the random numbers are the same, and so is, to rounding, the
@@ -49,6 +59,7 @@ class MultiSampleELBO(ELBO, ABC):
     can_infer_discrete = True
     # VIMCO and OVIS leave one particle out.
     _least_particles = 1
+    _reparams: tuple[str, ...] = ("pathwise", "dreg", "stl", "score")
     num_auxiliary = 0
 
     def __init__(
@@ -56,6 +67,7 @@ class MultiSampleELBO(ELBO, ABC):
         num_particles: int,
         *,
         reparam: str = "pathwise",
+        alpha: float = 0.0,
         num_replicates: int = 1,
         chunk_size: int | None = None,
         vectorize_particles: bool | Callable = True,
@@ -72,8 +84,15 @@ class MultiSampleELBO(ELBO, ABC):
                 f"IWAE({num_particles}), which is the ELBO; to average several one-particle bounds "
                 "use IWAE(1, num_replicates=...)."
             )
-        if reparam not in ("pathwise", "score"):
-            raise ValueError(f'{name} needs reparam="pathwise" or "score", got {reparam!r}.')
+        if not 0 <= alpha <= 1:
+            raise ValueError(
+                f"{name} needs 0 <= alpha <= 1, got {alpha}: 0 is the importance-weighted bound, 1 "
+                "the ELBO, and beyond them the estimate is no lower bound or has no finite "
+                "variance."
+            )
+        if reparam not in self._reparams:
+            choices = " or ".join(f'"{choice}"' for choice in self._reparams)
+            raise ValueError(f"{name} needs reparam={choices}, got {reparam!r}.")
         if chunk_size is not None and callable(vectorize_particles):
             raise ValueError(
                 f"{name} got both chunk_size={chunk_size} and a callable vectorize_particles, but "
@@ -81,20 +100,57 @@ class MultiSampleELBO(ELBO, ABC):
             )
         super().__init__(num_particles, vectorize_particles)
         self.reparam = reparam
+        self.alpha = alpha
         self.num_replicates = num_replicates
         self.chunk_size = chunk_size
 
     @abstractmethod
     def _learning_signal(
         self,
+        program: Program,
         log_weights: Float[Array, " K *batch"],
         auxiliary_log_weights: Float[Array, " S *batch"] | None,
     ) -> Float[Array, " K *batch"]:
         """Full coefficient of grad log q at score-function sites."""
 
-    def _guide_surrogate(self, program: Program, key: Array) -> Float[Array, ""] | float:
+    def _bound(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " *batch"]:
+        """What the negative loss is, for each element of the common plates."""
+        return renyi_bound(log_weights, alpha=self.alpha)
+
+    def _weights(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
+        """b, the coefficient of grad log p."""
+        return renyi_weights(log_weights, alpha=self.alpha)
+
+    def _path_weights(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
+        """Under ``"dreg"``: coefficient of the log-weights along the path through the draws."""
+        return dreg_weights(log_weights, alpha=self.alpha)
+
+    def _coefficients(
+        self,
+        program: Program,
+        log_weights: Float[Array, " K *batch"],
+        auxiliary_log_weights: Float[Array, " S *batch"] | None,
+    ) -> tuple[Float[Array, " K *batch"], ...]:
+        """b and a; and then, if those along the path through the draws differ, these."""
+        weights = self._weights(log_weights)
+        signal = self._learning_signal(program, log_weights, auxiliary_log_weights)
+        if self.reparam == "dreg":
+            path_weights = self._path_weights(log_weights)
+            # The path moves the weights, those of the score-function sites included.
+            return weights, signal, path_weights, signal - path_weights
+        return (weights, signal, weights, signal) if self.reparam == "stl" else (weights, signal)
+
+    def _further_surrogate(
+        self, program: Program, log_weights: Float[Array, " K *batch"], key: Array
+    ) -> Float[Array, ""] | float:
         """A further term whose gradient is added; its value is not."""
         return 0.0
+
+    def _next_state(
+        self, program: Program, log_weights: Float[Array, " K *batch"]
+    ) -> dict[str, Any]:
+        """New values of ``mutable`` sites of the objective's own."""
+        return {}
 
     def loss_with_mutable_state(
         self,
@@ -127,7 +183,13 @@ class MultiSampleELBO(ELBO, ABC):
         """
         plate_key, main_key, auxiliary_key, guide_key = jax.random.split(rng_key, 4)
         program = Program(
-            model, guide, param_map, args, kwargs, self.reparam, is_weighted=self.num_particles > 1
+            model,
+            guide,
+            param_map,
+            args,
+            kwargs,
+            self.reparam,
+            is_weighted=self.num_particles > 1 and self.alpha != 1,
         )
         program = program.with_plate_key(plate_key)
 
@@ -143,24 +205,27 @@ class MultiSampleELBO(ELBO, ABC):
             auxiliary = self._by_replicate(auxiliary_particles.log_weights)
 
         scale = particles.bound_scale / self.num_replicates
-        weights = normalized_weights(log_weights).reshape(scale.shape)
-        signal = self._learning_signal(log_weights, auxiliary).reshape(scale.shape)
+        coefficients = [
+            scale * one.reshape(scale.shape)
+            for one in self._coefficients(program, log_weights, auxiliary)
+        ]
         if self.chunk_size:
             # Only keys and coefficients are kept: the backward pass runs each chunk again.
             @jax.checkpoint
             def rerun(key: Array, *coefficients: Array) -> Array:
                 return _surrogate(self._run(program, key[None]), *(c[None] for c in coefficients))
 
-            chunks = (keys, scale * weights, scale * signal)
+            chunks = (keys, *coefficients)
             surrogate = jax.lax.map(lambda xs: rerun(*xs), chunks, batch_size=self.chunk_size).sum()
         else:
-            surrogate = _surrogate(particles, scale * weights, scale * signal)
-        surrogate += self._guide_surrogate(program, guide_key)
+            surrogate = _surrogate(particles, *coefficients)
+        surrogate += self._further_surrogate(program, log_weights, guide_key)
 
-        bound = jnp.sum(scale[0] * iwae_bound(log_weights).sum(axis=0))
+        bound = jnp.sum(scale[0] * self._bound(log_weights).sum(axis=0))
         _warn_of_no_weight(bound)
         loss = -(jax.lax.stop_gradient(bound) + gradient_only(surrogate))
-        return {"loss": loss, "mutable_state": mean_state(particles.mutable_state) or None}
+        state = mean_state(particles.mutable_state) | self._next_state(program, log_weights)
+        return {"loss": loss, "mutable_state": state or None}
 
     def _run(self, program: Program, keys: Array) -> Particles:
         """One particle for each key, stacked along axis 0."""
@@ -189,14 +254,28 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return jnp.zeros_like(primals[0]), tangents[0]
 
 
-def _surrogate(particles: Particles, weights: Array, learning_signal: Array) -> Float[Array, ""]:
-    return linear_surrogate(
+def _surrogate(
+    particles: Particles, weights: Array, learning_signal: Array, *path: Array
+) -> Float[Array, ""]:
+    surrogate = linear_surrogate(
         particles.log_p,
         particles.log_q_path,
         particles.log_q_score,
         weights=weights,
         learning_signal=learning_signal,
     ).sum()
+    if particles.along_path is None:
+        return surrogate
+    path_weights, path_signal = path
+    log_p, log_q_score, log_q_path, log_q_draw, *_ = particles.along_path
+    along_path = linear_surrogate(
+        log_p,
+        log_q_path + log_q_draw,
+        log_q_score,
+        weights=path_weights,
+        learning_signal=path_signal,
+    )
+    return surrogate + along_path.sum()
 
 
 def _warn_of_no_weight(bound: Float[Array, ""]) -> None:

@@ -8,7 +8,12 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
-from numpyro_gradest.estimators import ovis_gamma_learning_signal, ovis_mc_learning_signal
+from numpyro_gradest.estimators import (
+    ovis_gamma_learning_signal,
+    ovis_mc_learning_signal,
+    renyi_learning_signal,
+)
+from numpyro_gradest.infer._trace import Program
 from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
 
 
@@ -31,8 +36,13 @@ class OVIS(MultiSampleELBO):
             enter the control variate only, never the bound. 0 is the asymptotic form.
         gamma: Between 0 and 1. Adds ``gamma`` times the wake-phi gradient to the asymptotic form,
             which helps while the effective sample size is near one.
-        reparam: ``"pathwise"`` differentiates through the values of reparameterised guide sites;
-            ``"score"`` takes the score function at every random site.
+        reparam: What guide sites with a reparameterised sampler get. ``"pathwise"`` differentiates
+            through their values; ``"dreg"`` does so doubly reparameterised: the same expectation
+            and a signal-to-noise ratio that does not fall with K; ``"stl"`` leaves the score of
+            their density out, which is biased for K > 1; ``"score"`` takes the score function at
+            every random site.
+        alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
+            (the ELBO, averaged over the particles).
         num_replicates: Number of independent K-particle bounds to average.
         chunk_size: Run particles in chunks of this size: memory does not grow with
             ``num_particles``, at two forward passes instead of one.
@@ -41,14 +51,16 @@ class OVIS(MultiSampleELBO):
 
     Raises:
         TypeError: If a count is not an integer, or an option is unknown.
-        ValueError: If ``num_particles < 2``, ``gamma`` is not in [0, 1], or ``gamma`` is combined
-            with auxiliary draws; at the first evaluation, if model and guide do not match.
+        ValueError: If ``num_particles < 2``, ``gamma`` is not in [0, 1], or ``gamma``,
+            ``num_auxiliary`` and ``alpha`` are combined; at the first evaluation, if model and
+            guide do not match.
 
     Bias and variance:
-        Unbiased for the gradient of the K-sample bound if ``gamma=0``, with a signal-to-noise
-        ratio of the guide's gradient that grows as sqrt(K). With ``gamma > 0`` biased by design, by
-        ``gamma`` times the wake-phi gradient. A large signal-to-noise ratio is not a large
-        likelihood: on sigmoid belief networks ``gamma=0`` trains about as well as VIMCO.
+        Unbiased for the gradient of the K-sample bound, of any order alpha, if ``gamma=0``, with a
+        signal-to-noise ratio of the guide's gradient that grows as sqrt(K) at order 0. With
+        ``gamma > 0`` biased by design, by ``gamma`` times the wake-phi gradient. A large
+        signal-to-noise ratio is not a large likelihood: on sigmoid belief networks ``gamma=0``
+        trains about as well as VIMCO.
 
 
     Cost:
@@ -91,6 +103,7 @@ class OVIS(MultiSampleELBO):
         num_auxiliary: int = 0,
         gamma: float = 0.0,
         reparam: str = "pathwise",
+        alpha: float = 0.0,
         num_replicates: int = 1,
         chunk_size: int | None = None,
         vectorize_particles: bool | Callable = True,
@@ -98,6 +111,7 @@ class OVIS(MultiSampleELBO):
         super().__init__(
             num_particles,
             reparam=reparam,
+            alpha=alpha,
             num_replicates=num_replicates,
             chunk_size=chunk_size,
             vectorize_particles=vectorize_particles,
@@ -112,14 +126,23 @@ class OVIS(MultiSampleELBO):
                 "asymptotic control variate, auxiliary draws to the Monte Carlo one. Set one of "
                 "them to 0."
             )
+        if alpha and (gamma or num_auxiliary):
+            raise ValueError(
+                f"OVIS got alpha={alpha} with gamma={gamma} and num_auxiliary={num_auxiliary}: for "
+                "other orders than 0 the asymptotic control variate is known, and no wake-phi term "
+                "or auxiliary draws with it. Leave gamma and num_auxiliary at 0, or use alpha=0."
+            )
         self.num_auxiliary = num_auxiliary
         self.gamma = gamma
 
     def _learning_signal(
         self,
+        program: Program,
         log_weights: Float[Array, " K *batch"],
         auxiliary_log_weights: Float[Array, " S *batch"] | None,
     ) -> Float[Array, " K *batch"]:
-        if auxiliary_log_weights is None:
-            return ovis_gamma_learning_signal(log_weights, gamma=self.gamma)
-        return ovis_mc_learning_signal(log_weights, auxiliary_log_weights)
+        if auxiliary_log_weights is not None:
+            return ovis_mc_learning_signal(log_weights, auxiliary_log_weights)
+        if self.alpha:
+            return renyi_learning_signal(log_weights, alpha=self.alpha)
+        return ovis_gamma_learning_signal(log_weights, gamma=self.gamma)

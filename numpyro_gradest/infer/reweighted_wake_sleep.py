@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Float
 
-from numpyro_gradest.estimators import wake_phi_learning_signal
+from numpyro_gradest.estimators import wake_phi_dreg_weights, wake_phi_learning_signal
 from numpyro_gradest.infer._dreams import dream_log_q
 from numpyro_gradest.infer._trace import Program
 from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
@@ -25,8 +25,9 @@ class ReweightedWakeSleep(MultiSampleELBO):
 
     The model climbs the importance-weighted bound; the guide follows the posterior, by the
     weighted draws of the wake phase and by latents and data dreamt by the model in the sleep
-    phase. Weights are per element of the plates common to all sites. No gradient passes through
-    the values of latent sites, so reparameterised and discrete sites are treated alike.
+    phase. Weights are per element of the plates common to all sites. By default no
+    gradient passes through the values of latent sites, so that reparameterised and discrete sites
+    are treated alike.
 
     In the sleep phase the guide has to look at data dreamt by the model instead of ``args``: by
     default it is called with ``observations={site name: value}`` (the convention of Pyro), which
@@ -40,6 +41,9 @@ class ReweightedWakeSleep(MultiSampleELBO):
         dream_inputs: Callable ``(dream, *args, **kwargs) -> args`` that returns the tuple of
             positional arguments to call the guide with, given the values of the observed sites
             drawn from the model, by name.
+        reparam: ``"score"`` takes the score function at every random guide site; ``"dreg"`` takes
+            wake-phi doubly reparameterised at sites that allow it, with the same expectation and
+            less noise.
         num_replicates: Number of independent wake phases of K particles to average.
         chunk_size: Run particles in chunks of this size: memory does not grow with
             ``num_particles``, at two forward passes instead of one.
@@ -86,9 +90,13 @@ class ReweightedWakeSleep(MultiSampleELBO):
     References:
         Bornschein and Bengio, `Reweighted Wake-Sleep <https://arxiv.org/abs/1406.2751>`_, 2015,
         section 2. Le, Kosiorek, Siddharth, Teh and Wood, `Revisiting Reweighted Wake-Sleep
-        <https://arxiv.org/abs/1805.10469>`_, 2019, section 2. The host's implementation has one
-        weight for the whole batch; here every datum has its own.
+        <https://arxiv.org/abs/1805.10469>`_, 2019, section 2. Tucker, Lawson, Gu and Maddison,
+        `Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives
+        <https://arxiv.org/abs/1810.04152>`_, 2019, section 5, for ``reparam="dreg"``. The host's
+        implementation has one weight for the whole batch; here every datum has its own.
     """
+
+    _reparams = ("score", "dreg")
 
     def __init__(
         self,
@@ -97,13 +105,14 @@ class ReweightedWakeSleep(MultiSampleELBO):
         insomnia: float = 1.0,
         num_sleep_particles: int | None = None,
         dream_inputs: Callable[..., tuple] | None = None,
+        reparam: str = "score",
         num_replicates: int = 1,
         chunk_size: int | None = None,
         vectorize_particles: bool | Callable = True,
     ) -> None:
         super().__init__(
             num_particles,
-            reparam="score",
+            reparam=reparam,
             num_replicates=num_replicates,
             chunk_size=chunk_size,
             vectorize_particles=vectorize_particles,
@@ -118,12 +127,18 @@ class ReweightedWakeSleep(MultiSampleELBO):
 
     def _learning_signal(
         self,
+        program: Program,
         log_weights: Float[Array, " K *batch"],
         auxiliary_log_weights: Float[Array, " S *batch"] | None,
     ) -> Float[Array, " K *batch"]:
         return self.insomnia * wake_phi_learning_signal(log_weights)
 
-    def _guide_surrogate(self, program: Program, key: Array) -> Float[Array, ""] | float:
+    def _path_weights(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
+        return self.insomnia * wake_phi_dreg_weights(log_weights)
+
+    def _further_surrogate(
+        self, program: Program, log_weights: Float[Array, " K *batch"], key: Array
+    ) -> Float[Array, ""] | float:
         if self.insomnia == 1:
             return 0.0
         keys = jax.random.split(key, self.num_sleep_particles)

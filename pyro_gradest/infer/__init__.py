@@ -5,14 +5,20 @@ from pyro_gradest.infer.implicit_elbo import ImplicitELBO
 from pyro_gradest.infer.importance_samples import ImportanceSamples, importance_samples
 from pyro_gradest.infer.iwae import IWAE
 from pyro_gradest.infer.multisample_elbo import MultiSampleELBO
+from pyro_gradest.infer.nvil import NVIL
 from pyro_gradest.infer.ovis import OVIS
 from pyro_gradest.infer.reweighted_wake_sleep import ReweightedWakeSleep
+from pyro_gradest.infer.rloo import RLOO
 from pyro_gradest.infer.semi_implicit_elbo import SemiImplicitELBO
+from pyro_gradest.infer.tvo import TVO
 from pyro_gradest.infer.vimco import VIMCO
 
 __all__ = [
     "IWAE",
+    "NVIL",
     "OVIS",
+    "RLOO",
+    "TVO",
     "VIMCO",
     "AutoImplicit",
     "ImplicitELBO",

@@ -1,16 +1,57 @@
-"""What a tensor was computed from."""
+"""What a tensor was computed from, and derivatives along a part of it."""
 
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 
-def graph_leaves(tensor: Tensor) -> list[Tensor]:
+class Cut(NamedTuple):
+    """A place where the graph was cut."""
+
+    value: Tensor
+    """As it was computed."""
+    copy: Tensor
+    """The leaf that stands for it in all that follows, later values included."""
+
+
+def graph_leaves(tensor: Tensor, *, but: Collection[Tensor] = ()) -> list[Tensor]:
     """The leaves that a tensor was computed from and that require a gradient."""
+    left_out = set(map(id, but))
     leaves, seen, stack = [], set(), [tensor.grad_fn]
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
             seen.add(node)
             stack.extend(function for function, _ in node.next_functions)
-            if hasattr(node, "variable"):
+            if hasattr(node, "variable") and id(node.variable) not in left_out:
                 leaves.append(node.variable)
     return leaves
+
+
+def through_cuts(function: Tensor, runs: Iterable[Sequence[Cut]]) -> Tensor:
+    """A scalar whose gradient is that of ``function``, but for what does not pass through cuts.
+
+    Linear in the values that were cut, each of which depends on the copies before it: the
+    derivative in a value is that of the function and that of all later values of its run.
+    """
+    runs = [run for run in runs if run]
+    copies = [cut.copy for run in runs for cut in run]
+    if not copies:
+        return torch.zeros_like(function)
+    slopes = iter(_derivatives(function, copies, None))
+    terms = []
+    for run in runs:
+        total = [next(slopes) for _ in run]
+        for j in reversed(range(len(run))):
+            terms.append((total[j] * run[j].value).sum())
+            earlier = [cut.copy for cut in run[:j]]
+            if earlier:
+                carried = _derivatives(run[j].value, earlier, total[j])
+                total[:j] = [a + b for a, b in zip(total[:j], carried, strict=True)]
+    return torch.stack(terms).sum()
+
+
+def _derivatives(tensor: Tensor, inputs: list[Tensor], weight: Tensor | None) -> Sequence[Tensor]:
+    return torch.autograd.grad(tensor, inputs, weight, retain_graph=True, materialize_grads=True)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyro_gradest.infer._graph import Cut
 from pyro_gradest.infer._plates import (
     PARTICLE_PLATE,
     CommonPlates,
@@ -25,6 +26,7 @@ from pyro_gradest.infer._sites import (
     Site,
     Trace,
     both,
+    is_path_draw,
     is_score_site,
     log_density,
     mask_of,
@@ -34,6 +36,10 @@ from pyro_gradest.infer._trace import Program, trace_particles
 
 Scale = float | Tensor
 Turn = tuple[int, ...]
+
+_PARTS = ("log_p", "log_q_score", "log_q_path", "log_q_draw")
+_DRAWN = ("log_q_score", "log_q_draw")
+"""Parts that hold the density of a draw, which happens whatever its scale and mask."""
 
 
 class Particles(NamedTuple):
@@ -47,15 +53,20 @@ class Particles(NamedTuple):
     log_q_path: Float[Tensor, " K *batch"]
     """The rest of log q: the reparameterised sites, whose values are attached, and what scale and
     mask add to the score-function sites."""
+    log_q_draw: Float[Tensor, " K *batch"]
+    """Under ``"dreg"`` and ``"stl"``: log-density of the reparameterised draws, taken out of
+    ``log_q_path``, which keeps what scale and mask add. Zeros otherwise."""
     bound_scale: Float[Tensor, " K *batch"]
     """What multiplies the bound: N/B of subsampled plates, and a scale common to all sites."""
     largest: dict[str, Float[Tensor, " runs"]]
     """For each site the largest term that it adds to a log-weight: NaN or +inf show a fault."""
+    paths: tuple[tuple[Cut, ...], ...]
+    """Under ``"dreg"`` and ``"stl"``: the reparameterised draws of each run, in their order."""
 
     @property
     def log_weights(self) -> Float[Tensor, " K *batch"]:
         """log p(x, z) - log q(z), detached."""
-        return (self.log_p - self.log_q_path - self.log_q_score).detach()
+        return (self.log_p - self.log_q_path - self.log_q_score - self.log_q_draw).detach()
 
 
 def run_particles(program: Program, num_particles: int) -> Particles:
@@ -68,14 +79,14 @@ def run_particles(program: Program, num_particles: int) -> Particles:
 
 def concatenate(runs: list[Particles]) -> Particles:
     """Join particles along axis 0."""
-    *parts, largest = zip(*runs, strict=True)
-    log_p, log_q_score, log_q_path, bound_scale = map(torch.cat, parts)
+    *parts, largest, paths = zip(*runs, strict=True)
+    tensors = map(torch.cat, parts)
     by_site: dict[str, list[Tensor]] = defaultdict(list)
     for run in largest:  # particles may take branches of their own
         for site, terms in run.items():
             by_site[site].append(terms)
     joined = {site: torch.cat(terms) for site, terms in by_site.items()}
-    return Particles(log_p, log_q_score, log_q_path, bound_scale, joined)
+    return Particles._make([*tensors, joined, sum(paths, ())])
 
 
 def read_particles(
@@ -85,8 +96,7 @@ def read_particles(
     plates = common_plates(model_trace, guide_trace, is_weighted=program.is_weighted)
     terms = [_read_site("log_p", name, site, plates) for name, site in samples(model_trace)]
     for name, site in samples(guide_trace):
-        part = "log_q_score" if is_score_site(site, program.reparam) else "log_q_path"
-        terms.append(_read_site(part, name, site, plates))
+        terms.append(_read_site(_part_of(site, program.reparam), name, site, plates))
 
     common_scale = _common_scale(terms, plates)
     is_active = _is_active(terms, plates)
@@ -101,7 +111,7 @@ def read_particles(
         if total.numel():
             added = total.detach() if term.part == "log_p" else -total.detach()
             largest[_where(term)] = added.amax().reshape(1)
-        if term.part == "log_q_score" and (is_scaled or term.mask is not True):
+        if term.part in _DRAWN and (is_scaled or term.mask is not True):
             density = to_batch(log_density(term.site), term.dims, plates)
             if isinstance(is_active, Tensor):
                 density = density.masked_fill(~is_active, 0.0)
@@ -115,8 +125,12 @@ def read_particles(
     tensors.append(torch.full_like(tensors[0], plates.subsample_scale) * common_scale)
     if PARTICLE_PLATE not in plates.names:
         tensors = [tensor.expand(num_particles, *tensor.shape) for tensor in tensors]
-    log_p, log_q_score, log_q_path, bound_scale = tensors
-    return Particles(log_p, log_q_score, log_q_path, bound_scale, largest)
+    path = tuple(
+        Cut(site["path_value"], site["value"])
+        for _, site in samples(guide_trace)
+        if "path_value" in site
+    )
+    return Particles._make([*tensors, largest, (path,)])
 
 
 class _Term(NamedTuple):
@@ -132,6 +146,12 @@ class _Term(NamedTuple):
     scale: Scale
     """The product of the scale handlers (and of N/B of plates that are not common)."""
     mask: bool | Tensor
+
+
+def _part_of(site: Site, reparam: str) -> str:
+    if is_score_site(site, reparam):
+        return "log_q_score"
+    return "log_q_draw" if is_path_draw(site, reparam) else "log_q_path"
 
 
 def _read_site(part: str, name: str, site: Site, plates: CommonPlates) -> _Term:
@@ -161,7 +181,7 @@ def _stack_turns(
     example = next(iter(totals.values()))[0] if totals else torch.zeros(plates.sizes)
     zero = torch.zeros_like(example)
     parts = []
-    for part in ("log_p", "log_q_score", "log_q_path"):
+    for part in _PARTS:
         sums = [sum(totals[part, turn], zero) for turn in turns]
         parts.append(torch.stack(sums, dim=-1) if plates.sequential else sums[0])
     return parts

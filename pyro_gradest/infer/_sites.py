@@ -29,6 +29,12 @@ def is_score_site(site: Site, reparam: str) -> bool:
     return not is_deterministic(fn) and (reparam == "score" or not fn.has_rsample)
 
 
+def is_path_draw(site: Site, reparam: str) -> bool:
+    """Whether the site is a draw whose gradient has to be told from that of its density."""
+    is_draw = not (site["is_observed"] or is_deterministic(site["fn"]))
+    return reparam in ("dreg", "stl") and is_draw and not is_score_site(site, reparam)
+
+
 def is_auxiliary(site: Site) -> bool:
     """Whether the site is a draw that helps the guide and is in no model."""
     return not site["is_observed"] and bool((site["infer"] or {}).get("is_auxiliary"))

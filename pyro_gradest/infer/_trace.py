@@ -19,6 +19,7 @@ from pyro_gradest.infer._sites import (
     Site,
     Trace,
     is_auxiliary,
+    is_path_draw,
     is_score_site,
     is_subsample,
     samples,
@@ -33,7 +34,8 @@ class Program(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
     reparam: str
-    """``"pathwise"``, or ``"score"`` to take the score function at every random guide site."""
+    """``"pathwise"``; ``"score"`` to take the score function at every random guide site;
+    ``"dreg"`` or ``"stl"`` to tell the gradient of reparameterised draws from all others."""
     is_weighted: bool
     """Whether particles are weighed against each other, so that log-weights must be whole."""
     vectorize_particles: bool
@@ -59,17 +61,18 @@ def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]
         messenger = poutine.unwrap(guide)
         if isinstance(messenger, GuideMessenger):
             # It runs the model itself, with its own draws.
-            with _DetachScoreSites(program.reparam):
+            with _DetachScoreSites(program.reparam), _CutPathDraws(program.reparam):
                 guide(*args, **kwargs)
             model_trace, guide_trace = messenger.get_traces()
         else:
-            with _DetachScoreSites(program.reparam):
+            with _DetachScoreSites(program.reparam), _CutPathDraws(program.reparam):
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
                 *args, **kwargs
             )
 
     _check_match(program, model_trace, guide_trace)
+    _check_path_draws(program, guide_trace)
     if program.parents is not None:
         take_implicit_sites(model_trace, guide_trace, program.parents)
     if is_validation_enabled():
@@ -194,6 +197,35 @@ class _DetachScoreSites(Messenger):
             # A new tensor, also where the value has no gradient: transforms remember what they
             # made it of, and by that their parameters would drop out of its log-probability.
             msg["value"] = msg["value"].detach()
+
+
+class _CutPathDraws(Messenger):
+    """Hands on a copy of each reparameterised draw that gradients do not pass.
+
+    All that follows the draw depends on the copy, so that a derivative in the copies is the one
+    along the path and nothing else; ``path_value`` keeps the draw as the parameters made it.
+    """
+
+    def __init__(self, reparam: str) -> None:
+        super().__init__()
+        self.reparam = reparam
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if not is_subsample(msg) and is_path_draw(msg, self.reparam) and msg["value"].requires_grad:
+            msg["path_value"] = msg["value"]
+            msg["value"] = msg["value"].detach().requires_grad_()
+
+
+def _check_path_draws(program: Program, guide_trace: Trace) -> None:
+    if program.reparam not in ("dreg", "stl"):
+        return
+    if not any(is_path_draw(site, program.reparam) for _, site in samples(guide_trace)):
+        sites = sorted(name for name, site in samples(guide_trace) if not site["is_observed"])
+        raise ValueError(
+            f'reparam="{program.reparam}" is about guide sites with a reparameterised sampler, but '
+            f"the guide has none (it samples {sites or 'nothing'}). Use the default reparam, which "
+            "treats other sites alike."
+        )
 
 
 def _check_match(program: Program, model_trace: Trace, guide_trace: Trace) -> None:

@@ -15,8 +15,13 @@ from jaxtyping import Float
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_gradest.estimators import iwae_bound, linear_surrogate, normalized_weights
-from pyro_gradest.infer._graph import graph_leaves
+from pyro_gradest.estimators import (
+    dreg_weights,
+    linear_surrogate,
+    renyi_bound,
+    renyi_weights,
+)
+from pyro_gradest.infer._graph import graph_leaves, through_cuts
 from pyro_gradest.infer._particles import (
     Particles,
     concatenate,
@@ -35,12 +40,17 @@ class MultiSampleELBO(ELBO):
 
     .. math:: -\sum_k b_k \log p(x, z_k) - b_k \log q_{\mathrm{path}} + a_k \log q_{\mathrm{score}}
 
-    with b the self-normalised weights, and a and b held constant.
+    with b the self-normalised weights of order alpha, and a and b held constant.
 
     Args:
         num_particles: K, the number of particles in the bound.
-        reparam: ``"pathwise"`` differentiates through the values of guide sites with a
-            reparameterised sampler; ``"score"`` takes the score function at every random site.
+        reparam: What guide sites with a reparameterised sampler get. ``"pathwise"`` differentiates
+            through their values; ``"dreg"`` does so doubly reparameterised: the same expectation
+            and a signal-to-noise ratio that does not fall with K; ``"stl"`` leaves the score of
+            their density out, which is biased for K > 1; ``"score"`` takes the score function at
+            every random site.
+        alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
+            (the ELBO, averaged over the particles).
         num_replicates: Number of independent K-particle bounds that are averaged.
         chunk_size: Run the particles in chunks of this size, so that memory does not grow with
             ``num_particles``. Model and guide run twice instead of once, with the same random
@@ -64,6 +74,7 @@ class MultiSampleELBO(ELBO):
 
     # VIMCO and OVIS leave one particle out.
     _least_particles = 1
+    _reparams: tuple[str, ...] = ("pathwise", "dreg", "stl", "score")
     num_auxiliary = 0
 
     def __init__(
@@ -71,6 +82,7 @@ class MultiSampleELBO(ELBO):
         num_particles: int,
         *,
         reparam: str = "pathwise",
+        alpha: float = 0.0,
         num_replicates: int = 1,
         chunk_size: int | None = None,
         max_plate_nesting: float = math.inf,
@@ -94,8 +106,15 @@ class MultiSampleELBO(ELBO):
                 f"IWAE({num_particles}), which is the ELBO; to average several one-particle bounds "
                 "use IWAE(1, num_replicates=...)."
             )
-        if reparam not in ("pathwise", "score"):
-            raise ValueError(f'{name} needs reparam="pathwise" or "score", got {reparam!r}.')
+        if not 0 <= alpha <= 1:
+            raise ValueError(
+                f"{name} needs 0 <= alpha <= 1, got {alpha}: 0 is the importance-weighted bound, 1 "
+                "the ELBO, and beyond them the estimate is no lower bound or has no finite "
+                "variance."
+            )
+        if reparam not in self._reparams:
+            choices = " or ".join(f'"{choice}"' for choice in self._reparams)
+            raise ValueError(f"{name} needs reparam={choices}, got {reparam!r}.")
         super().__init__(
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,
@@ -108,19 +127,50 @@ class MultiSampleELBO(ELBO):
             tail_adaptive_beta=tail_adaptive_beta,
         )
         self.reparam = reparam
+        self.alpha = alpha
         self.num_replicates = num_replicates
         self.chunk_size = chunk_size
 
     @abstractmethod
     def _learning_signal(
         self,
+        program: Program,
         log_weights: Float[Tensor, " K *batch"],
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
     ) -> Float[Tensor, " K *batch"]:
         """Full coefficient of grad log q at score-function sites."""
 
-    def _guide_surrogate(self, program: Program) -> Float[Tensor, ""] | float:
-        """A further term whose gradient is added; its value is not."""
+    def _bound(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " *batch"]:
+        """What the negative loss is, for each element of the common plates."""
+        return renyi_bound(log_weights, alpha=self.alpha)
+
+    def _weights(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " K *batch"]:
+        """b, the coefficient of grad log p."""
+        return renyi_weights(log_weights, alpha=self.alpha)
+
+    def _path_weights(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " K *batch"]:
+        """Under ``"dreg"``: coefficient of the log-weights along the path through the draws."""
+        return dreg_weights(log_weights, alpha=self.alpha)
+
+    def _coefficients(
+        self,
+        program: Program,
+        log_weights: Float[Tensor, " K *batch"],
+        auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
+    ) -> tuple[Float[Tensor, " K *batch"], ...]:
+        """b and a; and then, if those along the path through the draws differ, these."""
+        weights = self._weights(log_weights)
+        signal = self._learning_signal(program, log_weights, auxiliary_log_weights)
+        if self.reparam == "dreg":
+            path_weights = self._path_weights(log_weights)
+            # The path moves the weights, those of the score-function sites included.
+            return weights, signal, path_weights, signal - path_weights
+        return (weights, signal, weights, signal) if self.reparam == "stl" else (weights, signal)
+
+    def _further_surrogate(
+        self, program: Program, log_weights: Float[Tensor, " K *batch"]
+    ) -> Float[Tensor, ""] | float:
+        """A further term whose gradient is added; its value is not. Once at the end of a step."""
         return 0.0
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
@@ -142,7 +192,7 @@ class MultiSampleELBO(ELBO):
             particles = self._weigh(
                 program_of(self, model, guide, args, kwargs), self._num_runs, []
             )
-            loss = -self._bound(particles).item()
+            loss = -self._total_bound(particles).item()
         _check_loss(loss, particles)
         return loss
 
@@ -223,16 +273,18 @@ class MultiSampleELBO(ELBO):
                 auxiliary = self._by_replicate(others[0].log_weights)
 
         scale = particles.bound_scale / self.num_replicates
-        weights = scale * normalized_weights(log_weights).reshape(scale.shape)
-        signal = scale * self._learning_signal(log_weights, auxiliary).reshape(scale.shape)
+        coefficients = [
+            scale * one.reshape(scale.shape)
+            for one in self._coefficients(program, log_weights, auxiliary)
+        ]
         if self.chunk_size is None:
-            surrogate = _surrogate(particles, weights, signal)
+            surrogate = _surrogate(particles, *coefficients)
         else:
-            parts = weights.split(self.chunk_size), signal.split(self.chunk_size)
-            surrogate = _surrogate_by_chunk(program, zip(chunks, *parts, strict=True))
-        surrogate = surrogate + self._guide_surrogate(program)
+            parts = zip(*(one.split(self.chunk_size) for one in coefficients), strict=True)
+            surrogate = _surrogate_by_chunk(program, zip(chunks, parts, strict=True))
+        surrogate = surrogate + self._further_surrogate(program, log_weights)
         # The second term is exactly zero: it brings the gradient and leaves the value alone.
-        loss = -(self._bound(particles) + (surrogate - surrogate.detach()))
+        loss = -(self._total_bound(particles) + (surrogate - surrogate.detach()))
         return loss, particles, *others
 
     def _weigh(self, program: Program, num_runs: int, chunks: list["_Chunk"]) -> Particles:
@@ -247,8 +299,8 @@ class MultiSampleELBO(ELBO):
             chunks.append(_Chunk(size, subsamples, before, _rng_state()))
         return concatenate(runs)
 
-    def _bound(self, particles: Particles) -> Float[Tensor, ""]:
-        bound = iwae_bound(self._by_replicate(particles.log_weights)).mean(dim=0)
+    def _total_bound(self, particles: Particles) -> Float[Tensor, ""]:
+        bound = self._bound(self._by_replicate(particles.log_weights)).mean(dim=0)
         return (particles.bound_scale[0] * bound).sum()
 
     def _by_replicate(
@@ -274,7 +326,7 @@ def program_of(elbo: Any, model: Callable, guide: Callable, args: tuple, kwargs:
         args=args,
         kwargs=kwargs,
         reparam=elbo.reparam,
-        is_weighted=elbo.num_particles > 1,
+        is_weighted=elbo.num_particles > 1 and getattr(elbo, "alpha", 0.0) != 1,
         vectorize_particles=elbo.vectorize_particles,
         max_plate_nesting=elbo.max_plate_nesting - host_counts_particles,
         refuse_enumeration=elbo.strict_enumeration_warning,
@@ -297,28 +349,31 @@ class _OtherRandomNumbers(RuntimeError):
 
 
 def _surrogate_by_chunk(
-    program: Program, chunks: Iterable[tuple[_Chunk, Tensor, Tensor]]
+    program: Program, chunks: Iterable[tuple[_Chunk, tuple[Tensor, ...]]]
 ) -> Float[Tensor, ""]:
     """A scalar with the gradient of all chunks' surrogates, of which one is alive at a time."""
     gradients: dict[Tensor, Tensor] = {}
-    for chunk, weights, learning_signal in chunks:
-        for leaf, gradient in _gradients_at_leaves(
-            _rerun(program, chunk, weights, learning_signal)
-        ):
+    for chunk, coefficients in chunks:
+        particles = _rerun(program, chunk)
+        copies = [cut.copy for path in particles.paths for cut in path]
+        surrogate = _surrogate(particles, *coefficients)
+        for leaf, gradient in _gradients_at_leaves(surrogate, but=copies):
             gradients[leaf] = gradients[leaf] + gradient if leaf in gradients else gradient
     products = [(leaf * gradient).sum() for leaf, gradient in gradients.items()]
     return torch.stack(products).sum() if products else torch.zeros(())
 
 
-def _gradients_at_leaves(surrogate: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    leaves = graph_leaves(surrogate)
+def _gradients_at_leaves(
+    surrogate: Tensor, *, but: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    leaves = graph_leaves(surrogate, but=but)
     if not leaves:
         return iter(())
     # What the arguments were computed from is common to all chunks and has to stay.
     return zip(leaves, torch.autograd.grad(surrogate, leaves, retain_graph=True), strict=True)
 
 
-def _rerun(program: Program, chunk: _Chunk, weights: Tensor, learning_signal: Tensor) -> Tensor:
+def _rerun(program: Program, chunk: _Chunk) -> Particles:
     with replayed(chunk.before):
         particles = run_particles(program._replace(subsamples=dict(chunk.subsamples)), chunk.size)
         if not all(map(torch.equal, _rng_state(), chunk.after)):
@@ -327,17 +382,27 @@ def _rerun(program: Program, chunk: _Chunk, weights: Tensor, learning_signal: Te
                 "they drew a different number of random values. Make them draw the same values at "
                 "each call, or leave chunk_size out."
             )
-    return _surrogate(particles, weights, learning_signal)
+    return particles
 
 
-def _surrogate(particles: Particles, weights: Tensor, learning_signal: Tensor) -> Tensor:
-    return linear_surrogate(
-        particles.log_p,
-        particles.log_q_path,
-        particles.log_q_score,
-        weights=weights,
-        learning_signal=learning_signal,
+def _surrogate(
+    particles: Particles, weights: Tensor, learning_signal: Tensor, *path: Tensor
+) -> Tensor:
+    log_p, log_q_score, log_q_path, log_q_draw, *_ = particles
+    surrogate = linear_surrogate(
+        log_p, log_q_path, log_q_score, weights=weights, learning_signal=learning_signal
     ).sum()
+    if not path:
+        return surrogate
+    path_weights, path_signal = path
+    along_path = linear_surrogate(
+        log_p,
+        log_q_path + log_q_draw,
+        log_q_score,
+        weights=path_weights,
+        learning_signal=path_signal,
+    ).sum()
+    return surrogate + through_cuts(along_path, particles.paths)
 
 
 def _rng_state() -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_gradest.estimators import wake_phi_learning_signal
+from pyro_gradest.estimators import wake_phi_dreg_weights, wake_phi_learning_signal
 from pyro_gradest.infer._dreams import dream_log_q
 from pyro_gradest.infer._trace import Program
 from pyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
@@ -26,8 +26,9 @@ class ReweightedWakeSleep(MultiSampleELBO):
 
     The model climbs the importance-weighted bound; the guide follows the posterior, by the
     weighted draws of the wake phase and by latents and data dreamt by the model in the sleep
-    phase. Weights are per element of the plates common to all sites. No gradient passes through
-    the values of latent sites, so reparameterised and discrete sites are treated alike.
+    phase. Weights are per element of the plates common to all sites. By default no
+    gradient passes through the values of latent sites, so that reparameterised and discrete sites
+    are treated alike.
 
     In the sleep phase the guide has to look at data dreamt by the model instead of ``args``: by
     default it is called with ``observations={site name: value}`` (the convention of Pyro), which
@@ -41,6 +42,9 @@ class ReweightedWakeSleep(MultiSampleELBO):
         dream_inputs: Callable ``(dream, *args, **kwargs) -> args`` that returns the tuple of
             positional arguments to call the guide with, given the values of the observed sites
             drawn from the model, by name.
+        reparam: ``"score"`` takes the score function at every random guide site; ``"dreg"`` takes
+            wake-phi doubly reparameterised at sites that allow it, with the same expectation and
+            less noise.
         num_replicates: Number of independent wake phases of K particles to average.
         chunk_size: Run particles in chunks of this size: memory does not grow with
             ``num_particles``, at three forward passes instead of one.
@@ -90,9 +94,13 @@ class ReweightedWakeSleep(MultiSampleELBO):
     References:
         Bornschein and Bengio, `Reweighted Wake-Sleep <https://arxiv.org/abs/1406.2751>`_, 2015,
         section 2. Le, Kosiorek, Siddharth, Teh and Wood, `Revisiting Reweighted Wake-Sleep
-        <https://arxiv.org/abs/1805.10469>`_, 2019, section 2. The host's implementation has one
-        weight for the whole batch; here every datum has its own.
+        <https://arxiv.org/abs/1805.10469>`_, 2019, section 2. Tucker, Lawson, Gu and Maddison,
+        `Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives
+        <https://arxiv.org/abs/1810.04152>`_, 2019, section 5, for ``reparam="dreg"``. The host's
+        implementation has one weight for the whole batch; here every datum has its own.
     """
+
+    _reparams = ("score", "dreg")
 
     def __init__(
         self,
@@ -101,13 +109,15 @@ class ReweightedWakeSleep(MultiSampleELBO):
         insomnia: float = 1.0,
         num_sleep_particles: int | None = None,
         dream_inputs: Callable[..., tuple] | None = None,
+        reparam: str = "score",
         num_replicates: int = 1,
         chunk_size: int | None = None,
         **host_options: Any,
     ) -> None:
         super().__init__(
             num_particles,
-            reparam="score",
+            reparam=reparam,
+            alpha=0.0,
             num_replicates=num_replicates,
             chunk_size=chunk_size,
             **host_options,
@@ -122,12 +132,18 @@ class ReweightedWakeSleep(MultiSampleELBO):
 
     def _learning_signal(
         self,
+        program: Program,
         log_weights: Float[Tensor, " K *batch"],
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
     ) -> Float[Tensor, " K *batch"]:
         return self.insomnia * wake_phi_learning_signal(log_weights)
 
-    def _guide_surrogate(self, program: Program) -> Float[Tensor, ""] | float:
+    def _path_weights(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " K *batch"]:
+        return self.insomnia * wake_phi_dreg_weights(log_weights)
+
+    def _further_surrogate(
+        self, program: Program, log_weights: Float[Tensor, " K *batch"]
+    ) -> Float[Tensor, ""] | float:
         if self.insomnia == 1:
             return 0.0
         log_q = dream_log_q(program, self.num_sleep_particles, self.dream_inputs)

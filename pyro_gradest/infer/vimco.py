@@ -8,7 +8,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_gradest.estimators import vimco_learning_signal
+from pyro_gradest.estimators import renyi_learning_signal
+from pyro_gradest.infer._trace import Program
 from pyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
 
@@ -27,8 +28,13 @@ class VIMCO(MultiSampleELBO):
         num_particles: K, the number of particles in the bound, at least 2.
         leave_one_out: ``"geometric"`` (the paper's) or ``"arithmetic"``, the mean that stands for
             the particle left out.
-        reparam: ``"pathwise"`` differentiates through the values of reparameterised guide sites;
-            ``"score"`` takes the score function at every random site.
+        reparam: What guide sites with a reparameterised sampler get. ``"pathwise"`` differentiates
+            through their values; ``"dreg"`` does so doubly reparameterised: the same expectation
+            and a signal-to-noise ratio that does not fall with K; ``"stl"`` leaves the score of
+            their density out, which is biased for K > 1; ``"score"`` takes the score function at
+            every random site.
+        alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
+            (the ELBO, averaged over the particles).
         num_replicates: Number of independent K-particle bounds to average.
         chunk_size: Run particles in chunks of this size: memory does not grow with
             ``num_particles``, at two forward passes instead of one.
@@ -83,6 +89,7 @@ class VIMCO(MultiSampleELBO):
         *,
         leave_one_out: str = "geometric",
         reparam: str = "pathwise",
+        alpha: float = 0.0,
         num_replicates: int = 1,
         chunk_size: int | None = None,
         **host_options: Any,
@@ -90,6 +97,7 @@ class VIMCO(MultiSampleELBO):
         super().__init__(
             num_particles,
             reparam=reparam,
+            alpha=alpha,
             num_replicates=num_replicates,
             chunk_size=chunk_size,
             **host_options,
@@ -102,7 +110,10 @@ class VIMCO(MultiSampleELBO):
 
     def _learning_signal(
         self,
+        program: Program,
         log_weights: Float[Tensor, " K *batch"],
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
     ) -> Float[Tensor, " K *batch"]:
-        return vimco_learning_signal(log_weights, leave_one_out=self.leave_one_out)
+        return renyi_learning_signal(
+            log_weights, alpha=self.alpha, control_variate=self.leave_one_out
+        )

@@ -14,7 +14,7 @@ from tests.oracles import multisample as oracle
 class Objective:
     """An ELBO class with its options, and the oracle of its learning signal."""
 
-    def __init__(self, name, signal, *, num_particles, bias=0.0, **options):
+    def __init__(self, name, signal, *, num_particles, bias=0.0, alpha=0.0, **options):
         self.name = name
         self.num_particles = num_particles
         self.num_auxiliary = options.get("num_auxiliary", 0)
@@ -23,6 +23,9 @@ class Objective:
         # The multiple of E[sum_k v_k h_k] that is added to the bound's gradient; None where it is
         # not the gradient of a bound at all.
         self.gamma = bias
+        self.alpha = alpha
+        self.weights = partial(oracle.renyi_weights, alpha=alpha)
+        self.is_bound = True
         self.options = options
 
     @property
@@ -31,6 +34,35 @@ class Objective:
 
     def build(self, package, **host_arguments):
         return getattr(package, self.name)(self.num_particles, **self.options, **host_arguments)
+
+
+def renyi(name, K, alpha, control_variate, **options):
+    """The same classes at another order than that of the importance-weighted bound."""
+    signal = partial(oracle.renyi_learning_signal, alpha=alpha, control_variate=control_variate)
+    objective = Objective(name, signal, num_particles=K, alpha=alpha, **options)
+    objective.options = {"alpha": alpha, **options}
+    return objective
+
+
+def rloo(K, **options):
+    signal = oracle.reinforce_leave_one_out_learning_signal
+    return Objective("RLOO", signal, num_particles=K, alpha=1.0, **options)
+
+
+def tvo(K, partition, **options):
+    """Its bias falls with K, see test_tvo; with one interval it is the ELBO's, and unbiased."""
+    objective = Objective(
+        "TVO",
+        partial(oracle.thermodynamic_learning_signal, partition=partition),
+        num_particles=K,
+        bias=None if len(partition) > 1 else 0.0,
+        alpha=1.0,
+        partition=partition,
+        **options,
+    )
+    objective.weights = partial(oracle.thermodynamic_weights, partition=partition)
+    objective.is_bound = len(partition) == 1
+    return objective
 
 
 def iwae(K, **options):
@@ -86,6 +118,15 @@ OBJECTIVES = {
     "vimco-geometric-K2-R2": vimco(2, "geometric", num_replicates=2),
     "ovis-mc-K2-S1-R2": ovis_mc(2, 1, num_replicates=2),
     "vimco-geometric-K2-score": vimco(2, "geometric", reparam="score"),
+    "iwae-alpha-K2": renyi("IWAE", 2, 0.4, "none"),
+    "vimco-alpha-K3": renyi("VIMCO", 3, 0.4, "geometric"),
+    "ovis-alpha-K2": renyi("OVIS", 2, 0.4, "asymptotic"),
+    "rloo-K3": rloo(3),
+    "rloo-K2": rloo(2),
+    "tvo-elbo-K3": tvo(3, [0.0]),
+    "tvo-K3": tvo(3, [0.0, 0.2, 0.5]),
+    "tvo-K2": tvo(2, [0.0, 0.2, 0.5]),
+    "vimco-elbo-K2": renyi("VIMCO", 2, 1.0, "arithmetic", leave_one_out="arithmetic"),
 }
 
 
@@ -120,7 +161,7 @@ def moments_by_oracle(program, objective):
         program_for(program).problem,
         objective_.num_particles,
         objective_.signal,
-        oracle.normalized_weights,
+        objective_.weights,
         num_auxiliary=objective_.num_auxiliary,
         num_replicates=objective_.num_replicates,
     )
@@ -131,11 +172,15 @@ def assert_equal(actual, desired, what=""):
     np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-10, err_msg=what)
 
 
+def bound_of(objective):
+    return partial(enumeration.renyi_log_mean_exp, alpha=OBJECTIVES[objective].alpha)
+
+
 def check_bias(gradients, program, objective):
     """Unbiased for the bound; or biased by exactly gamma times the wake-phi gradient."""
     mean = probabilities(program, objective) @ gradients
     problem, K = program_for(program).problem, OBJECTIVES[objective].num_particles
-    bias = mean - enumeration.exact_gradient(problem, K)
+    bias = mean - enumeration.exact_gradient(problem, K, bound_of(objective))
     gamma = OBJECTIVES[objective].gamma
     expected = 0.0
     if gamma:
@@ -155,6 +200,7 @@ def check_moments(gradients, program, objective):
 def check_value(losses, program, objective):
     """The loss is minus the bound; tuples without weight are not part of the objective."""
     problem = program_for(program).problem
-    bound = enumeration.expected_bound(problem, problem.params, OBJECTIVES[objective].num_particles)
+    K = OBJECTIVES[objective].num_particles
+    bound = enumeration.expected_bound(problem, problem.params, K, bound_of(objective))
     losses = np.where(np.isposinf(losses), 0.0, losses)
     assert_equal(-losses @ probabilities(program, objective), bound, "value")

@@ -4,7 +4,7 @@ The latent has a few states, so there are few K-tuples of particles. The estimat
 taken at every one of them; weighted by the tuples' probabilities, mean and variance are exact.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -53,14 +53,39 @@ ESTIMATORS = {
     "ovis-gamma0.5": ("ovis_gamma_learning_signal", {"gamma": 0.5}, 0),
     "ovis-gamma1": ("ovis_gamma_learning_signal", {"gamma": 1.0}, 0),
     "wake-phi": ("wake_phi_learning_signal", {}, 0),
+    **{
+        f"renyi-{control_variate}-{alpha}": (
+            "renyi_learning_signal",
+            {"alpha": alpha, "control_variate": control_variate},
+            0,
+        )
+        for control_variate, alpha in [
+            ("none", 0.4),
+            ("geometric", 0.4),
+            ("arithmetic", 0.4),
+            ("asymptotic", 0.4),
+            ("asymptotic", 1.0),
+        ]
+    },
+    "reinforce-leave-one-out": ("reinforce_leave_one_out_learning_signal", {}, 0),
 }
-UNBIASED = list(ESTIMATORS)[:6]
+# Those of the average log-weight take its coefficients for log p.
+ORDERS = {"reinforce-leave-one-out": 1.0}
+UNBIASED = [
+    *list(ESTIMATORS)[:6],
+    *(name for name in ESTIMATORS if name.startswith(("renyi", "reinforce-"))),
+]
+
+
+def order(estimator) -> float:
+    return ORDERS.get(estimator, ESTIMATORS[estimator][1].get("alpha", 0.0))
+
 
 finite_models = pytest.mark.parametrize("model", ["three-states-K3", "one-bit-K6"])
 
 
 def gradients_by_autodiff(
-    backend, problem, num_particles, function, options, num_auxiliary
+    backend, problem, num_particles, function, options, num_auxiliary, alpha
 ) -> np.ndarray:
     """The package's gradient at every tuple, ``[T, P]``, from one backward pass.
 
@@ -84,7 +109,7 @@ def gradients_by_autodiff(
             log_p[:num_particles],
             0.0 * log_q[:num_particles],
             log_q[:num_particles],
-            weights=backend.estimators.normalized_weights(bound),
+            weights=backend.estimators.renyi_weights(bound, alpha=alpha),
             learning_signal=signal,
         )
 
@@ -101,7 +126,13 @@ def moments_by_autodiff(host, estimator, model) -> Moments:
     problem, num_particles = MODELS[model]
     function, options, num_auxiliary = ESTIMATORS[estimator]
     gradients = gradients_by_autodiff(
-        backend_for(host), problem, num_particles, function, options, num_auxiliary
+        backend_for(host),
+        problem,
+        num_particles,
+        function,
+        options,
+        num_auxiliary,
+        order(estimator),
     )
     return enumeration.moments(
         gradients, enumeration.tuple_probabilities(problem, num_particles + num_auxiliary)
@@ -116,7 +147,7 @@ def moments_by_oracle(estimator, model) -> Moments:
         problem,
         num_particles,
         lambda *log_weights: getattr(oracle, function)(*log_weights, **options),
-        oracle.normalized_weights,
+        partial(oracle.renyi_weights, alpha=order(estimator)),
         num_auxiliary=num_auxiliary,
     )
     return enumeration.moments(
@@ -125,8 +156,9 @@ def moments_by_oracle(estimator, model) -> Moments:
 
 
 @cache
-def exact_gradient(model) -> np.ndarray:
-    return enumeration.exact_gradient(*MODELS[model])
+def exact_gradient(model, alpha=0.0) -> np.ndarray:
+    bound = partial(enumeration.renyi_log_mean_exp, alpha=alpha)
+    return enumeration.exact_gradient(*MODELS[model], bound)
 
 
 def assert_equal(actual, desired):
@@ -136,7 +168,9 @@ def assert_equal(actual, desired):
 @finite_models
 @pytest.mark.parametrize("estimator", UNBIASED)
 def test_unbiased(backend, estimator, model):
-    assert_equal(moments_by_autodiff(backend.host, estimator, model).mean, exact_gradient(model))
+    alpha = order(estimator)
+    mean = moments_by_autodiff(backend.host, estimator, model).mean
+    assert_equal(mean, exact_gradient(model, alpha))
 
 
 @finite_models

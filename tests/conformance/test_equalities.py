@@ -71,6 +71,75 @@ def test_renyi_bound_ends_at_the_iwae_bound_and_the_elbo(backend, log_weights):
     np.testing.assert_allclose(near, elbo, atol=1e-5)
 
 
+CONTROL_VARIATES = {
+    "none": "reinforce",
+    "geometric": "vimco-geometric",
+    "arithmetic": "vimco-arithmetic",
+    "asymptotic": "ovis-gamma0",
+}
+
+
+@pytest.mark.parametrize("control_variate", CONTROL_VARIATES)
+def test_order_zero_is_the_importance_weighted_bound_bit_for_bit(
+    backend, log_weights, control_variate
+):
+    function, options = (SIGNALS | {"ovis-gamma0": ("ovis_gamma_learning_signal", {})})[
+        CONTROL_VARIATES[control_variate]
+    ]
+    np.testing.assert_array_equal(
+        signal(
+            backend,
+            "renyi_learning_signal",
+            log_weights,
+            alpha=0.0,
+            control_variate=control_variate,
+        ),
+        signal(backend, function, log_weights, **options),
+    )
+    np.testing.assert_array_equal(
+        signal(backend, "renyi_weights", log_weights, alpha=0.0),
+        signal(backend, "normalized_weights", log_weights),
+    )
+
+
+@pytest.mark.parametrize("control_variate", CONTROL_VARIATES)
+def test_order_one_is_the_limit(backend, log_weights, control_variate):
+    """The ELBO, with the log-weights of the other particles for a baseline."""
+    options = {"control_variate": control_variate}
+    near, at = (
+        signal(backend, "renyi_learning_signal", log_weights, alpha=alpha, **options)
+        for alpha in (1 - 1e-6, 1.0)
+    )
+    np.testing.assert_allclose(near, at, atol=1e-5)
+    if control_variate in ("geometric", "arithmetic"):
+        K = len(log_weights)
+        others = (log_weights.sum(axis=0) - log_weights) / (K - 1)
+        assert_equal(at, (log_weights - others - 1) / K)
+
+
+def test_doubly_reparameterised_elbo_is_stl(backend, log_weights):
+    """At order one the path has the weights of the bound: the ELBO sticks the landing."""
+    weights = signal(backend, "dreg_weights", log_weights, alpha=1.0)
+    assert_equal(weights, signal(backend, "renyi_weights", log_weights, alpha=1.0))
+    assert_equal(weights, 1 / len(log_weights))
+
+
+def test_one_thermodynamic_interval_is_leave_one_out_reinforce(backend, log_weights):
+    """Up to the derivative of log q in its own cost, -1/K, which has mean zero."""
+    rloo = signal(backend, "reinforce_leave_one_out_learning_signal", log_weights)
+    tvo = signal(backend, "thermodynamic_learning_signal", log_weights, partition=[0.0])
+    assert_equal(tvo, rloo - 1 / len(log_weights))
+    elbo = signal(backend, "renyi_bound", log_weights, alpha=1.0)
+    assert_equal(signal(backend, "thermodynamic_bound", log_weights, partition=[0.0]), elbo)
+
+
+def test_leave_one_out_reinforce_is_vimco_of_order_one(backend, log_weights):
+    options = {"alpha": 1.0, "control_variate": "geometric"}
+    vimco = signal(backend, "renyi_learning_signal", log_weights, **options)
+    rloo = signal(backend, "reinforce_leave_one_out_learning_signal", log_weights)
+    assert_equal(rloo, vimco + 1 / len(log_weights))
+
+
 def test_auxiliary_draws_equal_to_the_particle_leave_minus_nothing(backend):
     # If the only auxiliary draw is as likely as each particle, it predicts L - v_k exactly.
     equal = np.full((4, 2), -1.7)

@@ -35,11 +35,12 @@ def signal_not_detached(mutant):
     """The learning signal keeps its history, and is differentiated a second time."""
     particles = mutant.module("infer._particles").Particles
     mutant.set_property(particles, "log_weights", lambda p: p.log_p - p.log_q_path - p.log_q_score)
-    mutant.replace(
-        "estimators.multisample.vimco",
-        "as_log_weights",
-        lambda original: lambda log_weights, **options: log_weights,
-    )
+    for module in ("vimco", "renyi"):
+        mutant.replace(
+            f"estimators.multisample.{module}",
+            "as_log_weights",
+            lambda original: lambda log_weights, **options: log_weights,
+        )
     mutant.replace(
         "estimators.multisample.surrogate",
         "_weighted",
@@ -48,8 +49,10 @@ def signal_not_detached(mutant):
     # Pyro's loss contains the bound itself: what is left attached is the signal alone.
     mutant.replace(
         "infer.multisample_elbo",
-        "iwae_bound",
-        lambda original: lambda log_weights: original(mutant.backend.detach(log_weights)),
+        "renyi_bound",
+        lambda original: (
+            lambda log_weights, **options: original(mutant.backend.detach(log_weights), **options)
+        ),
     )
 
 
@@ -75,7 +78,7 @@ def own_weight_left_out(mutant):
 
         return signal
 
-    mutant.replace("infer.vimco", "vimco_learning_signal", without_weight)
+    mutant.replace("infer.vimco", "renyi_learning_signal", without_weight)
 
 
 def scale_inside_the_log_mean_exp(mutant):

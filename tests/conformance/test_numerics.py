@@ -19,6 +19,17 @@ SIGNALS = {
     "ovis-gamma0": ("ovis_gamma_learning_signal", {"gamma": 0.0}),
     "ovis-gamma1": ("ovis_gamma_learning_signal", {"gamma": 1.0}),
     "wake-phi": ("wake_phi_learning_signal", {}),
+    "dreg": ("dreg_weights", {}),
+    "reinforce-leave-one-out": ("reinforce_leave_one_out_learning_signal", {}),
+    "thermodynamic": ("thermodynamic_learning_signal", {"partition": [0.0, 0.1]}),
+    "renyi-weights": ("renyi_weights", {"alpha": 0.5}),
+    "renyi-geometric": (
+        "renyi_learning_signal",
+        {"alpha": 0.5, "control_variate": "geometric"},
+    ),
+    "renyi-asymptotic": ("renyi_learning_signal", {"alpha": 0.5}),
+    "renyi-asymptotic-1": ("renyi_learning_signal", {"alpha": 1.0}),
+    "wake-phi-dreg": ("wake_phi_dreg_weights", {}),
 }
 LEAVE_ONE_OUT = [name for name in SIGNALS if name.startswith(("vimco", "ovis"))]
 

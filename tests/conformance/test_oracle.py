@@ -16,6 +16,28 @@ SIGNALS = {
     "ovis-gamma0.5": ("ovis_gamma_learning_signal", {"gamma": 0.5}),
     "ovis-gamma1": ("ovis_gamma_learning_signal", {"gamma": 1.0}),
     "wake-phi": ("wake_phi_learning_signal", {}),
+    "reinforce-leave-one-out": ("reinforce_leave_one_out_learning_signal", {}),
+    **{
+        f"thermodynamic-{name}-J{len(partition)}": (
+            f"thermodynamic_{name}",
+            {"partition": partition},
+        )
+        for name in ("weights", "learning_signal")
+        for partition in ([0.0], [0.0, 0.1, 0.6])
+    },
+    "dreg": ("dreg_weights", {}),
+    "dreg-alpha": ("dreg_weights", {"alpha": 0.3}),
+    "renyi-weights": ("renyi_weights", {"alpha": 0.3}),
+    "renyi-weights-1": ("renyi_weights", {"alpha": 1.0}),
+    **{
+        f"renyi-{control_variate}-{alpha}": (
+            "renyi_learning_signal",
+            {"alpha": alpha, "control_variate": control_variate},
+        )
+        for control_variate in ("none", "geometric", "arithmetic", "asymptotic")
+        for alpha in (0.0, 0.3, 1.0)
+    },
+    "wake-phi-dreg": ("wake_phi_dreg_weights", {}),
 }
 BOUNDS = {
     "iwae": ("iwae_bound", {}),
@@ -26,6 +48,7 @@ BOUNDS = {
     "renyi-negative": ("renyi_bound", {"alpha": -1.0}),
 }
 STATISTICS = {
+    "thermodynamic-bound": ("thermodynamic_bound", {"partition": [0.0, 0.1, 0.6]}),
     "normalized-weights": ("normalized_weights", {}),
     "effective-sample-size": ("effective_sample_size", {}),
 }

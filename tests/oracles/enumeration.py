@@ -112,9 +112,8 @@ def _finite(log_weight):
     return np.where(np.isneginf(np.real(log_weight)), 0.0, log_weight)
 
 
-def _bound_or_nothing(log_weights):
+def _or_nothing(bound):
     """The bound, and 0 where no particle has weight: such tuples are not in the objective."""
-    bound = log_mean_exp(log_weights)
     return np.where(np.isneginf(np.real(bound)), 0.0, bound)
 
 
@@ -134,7 +133,18 @@ def tuples(problem: Problem, num_draws: int) -> list[tuple[int, ...]]:
     return list(product(range(len(problem.states)), repeat=num_draws))
 
 
-def expected_bound(problem: Problem, params: Params, num_particles: int):
+def renyi_log_mean_exp(log_weights, alpha):
+    """Bound of order alpha of ``[K, *batch]`` log-weights that may be complex."""
+    if alpha == 1:
+        return np.mean(log_weights, axis=0)
+    if alpha == 0:
+        return log_mean_exp(log_weights)
+    is_zero = np.isneginf(np.real(log_weights))
+    tempered = np.where(is_zero, -np.inf, (1 - alpha) * _finite(log_weights))
+    return log_mean_exp(tempered) / (1 - alpha)
+
+
+def expected_bound(problem: Problem, params: Params, num_particles: int, bound=log_mean_exp):
     """E[scale * sum over the batch of L], by summing over every tuple (and subsample)."""
     total = 0.0
     for subsample in problem.subsamples:
@@ -142,17 +152,17 @@ def expected_bound(problem: Problem, params: Params, num_particles: int):
         log_probs = [d.log_drawn for d in states]
         log_weights = [d.log_p - d.log_q for d in states]
         for indices in tuples(problem, num_particles):
-            bound = _bound_or_nothing(np.stack([log_weights[i] for i in indices]))
+            value = _or_nothing(bound(np.stack([log_weights[i] for i in indices])))
             total = total + np.exp(sum(log_probs[i] for i in indices)) * np.sum(
-                problem.scale * bound
+                problem.scale * value
             )
     return total / len(problem.subsamples)
 
 
-def exact_gradient(problem: Problem, num_particles: int) -> np.ndarray:
+def exact_gradient(problem: Problem, num_particles: int, bound=log_mean_exp) -> np.ndarray:
     """Gradient of the expected bound in the flattened parameters."""
     return complex_step_gradient(
-        lambda params: expected_bound(problem, params, num_particles), problem.params
+        lambda params: expected_bound(problem, params, num_particles, bound), problem.params
     )
 
 

@@ -68,6 +68,52 @@ def renyi_bound(log_weights, *, alpha):
     return _per_batch_element(bound, log_weights)
 
 
+def _renyi_bound_of(log_weights, alpha):
+    """The bound of order alpha of a list of scalars; its limit at 1 is their mean."""
+    if alpha == 1:
+        return sum(FLOAT(x) for x in log_weights) / len(log_weights)
+    order = FLOAT(1) - FLOAT(alpha)
+    return bound_of([order * FLOAT(x) for x in log_weights]) / order
+
+
+def _renyi_weights_of(log_weights, alpha):
+    """Its derivatives in the log-weights. A weight of zero is none at any order."""
+    order = FLOAT(1) - FLOAT(alpha)
+    return weights_of([-np.inf if x == -np.inf else order * FLOAT(x) for x in log_weights])
+
+
+def renyi_weights(log_weights, *, alpha):
+    return _per_batch_element(lambda lw: _renyi_weights_of(lw, alpha), log_weights)
+
+
+def renyi_learning_signal(log_weights, *, alpha, control_variate="asymptotic"):
+    def control(others):
+        K = FLOAT(len(others) + 1)
+        if control_variate == "none":
+            return FLOAT(0)
+        if control_variate == "geometric":
+            return _renyi_bound_of([*others, sum(FLOAT(x) for x in others) / len(others)], alpha)
+        # A stand-in whose tempered weight is the mean of the others' leaves their bound as it is.
+        of_others = _renyi_bound_of(others, alpha)
+        if control_variate == "arithmetic":
+            return of_others
+        # As if particle k added nothing; with the constant that is finite at alpha = 1.
+        return of_others + np.log1p(-1 / K)
+
+    def signal(lw):
+        bound, weights = _renyi_bound_of(lw, alpha), _renyi_weights_of(lw, alpha)
+        coefficients = []
+        for k, weight in enumerate(weights):
+            c = control(lw[:k] + lw[k + 1 :])
+            if bound == -np.inf:
+                coefficients.append(FLOAT(0))
+            else:
+                coefficients.append(weight if c == -np.inf else bound - c - weight)
+        return coefficients
+
+    return _per_batch_element(signal, log_weights)
+
+
 def normalized_weights(log_weights):
     return _per_batch_element(weights_of, log_weights)
 
@@ -143,6 +189,110 @@ def ovis_mc_learning_signal(log_weights, auxiliary_log_weights):
 
 def wake_phi_learning_signal(log_weights):
     return normalized_weights(log_weights)
+
+
+def dreg_weights(log_weights, *, alpha=0.0):
+    def weights(lw):
+        return [alpha * v + (1 - FLOAT(alpha)) * v * v for v in _renyi_weights_of(lw, alpha)]
+
+    return _per_batch_element(weights, log_weights)
+
+
+def wake_phi_dreg_weights(log_weights):
+    def weights(lw):
+        # The others' weight is summed: 1 - v has no digit left where one particle dominates.
+        vs = weights_of(lw)
+        return [v * sum(vs[:k] + vs[k + 1 :], FLOAT(0)) for k, v in enumerate(vs)]
+
+    return _per_batch_element(weights, log_weights)
+
+
+def reinforce_leave_one_out_learning_signal(log_weights):
+    def signal(lw):
+        if -np.inf in lw:
+            return [FLOAT(0) for _ in lw]
+        lw = [FLOAT(x) for x in lw]
+        others = [sum(lw[:k] + lw[k + 1 :]) / (len(lw) - 1) for k in range(len(lw))]
+        return [(x - other) / len(lw) for x, other in zip(lw, others, strict=True)]
+
+    return _per_batch_element(signal, log_weights)
+
+
+def _thermodynamic(lw, partition):
+    """For each interval of [0, 1]: its left end, its width, and the weights at the left end."""
+    for left, right in zip(partition, [*partition[1:], 1.0], strict=True):
+        yield FLOAT(left), FLOAT(right) - FLOAT(left), weights_of([FLOAT(left) * x for x in lw])
+
+
+def _mean(weights, terms):
+    return sum(weight * term for weight, term in zip(weights, terms, strict=True))
+
+
+def thermodynamic_bound(log_weights, *, partition):
+    def bound(lw):
+        if -np.inf in lw:
+            return FLOAT(-np.inf)
+        lw = [FLOAT(x) for x in lw]
+        return sum(width * _mean(w, lw) for _, width, w in _thermodynamic(lw, partition))
+
+    return _per_batch_element(bound, log_weights)
+
+
+def _thermodynamic_slopes(lw, partition, slopes):
+    """What one particle's log p or log q adds to the gradient: of log w, and of log pi_beta."""
+    if -np.inf in lw:
+        return [FLOAT(0) for _ in lw]
+    lw = [FLOAT(x) for x in lw]
+    coefficients = [FLOAT(0) for _ in lw]
+    for beta, width, w in _thermodynamic(lw, partition):
+        of_log_weight, of_log_density = slopes(beta)
+        for k, x in enumerate(lw):
+            deviation = FLOAT(len(lw)) / (len(lw) - 1) * (x - _mean(w, lw))
+            coefficients[k] += width * w[k] * (of_log_weight + deviation * of_log_density)
+    return coefficients
+
+
+def thermodynamic_weights(log_weights, *, partition):
+    def weights(lw):
+        return _thermodynamic_slopes(lw, partition, lambda beta: (1, beta))
+
+    return _per_batch_element(weights, log_weights)
+
+
+def thermodynamic_learning_signal(log_weights, *, partition):
+    def signal(lw):
+        return _thermodynamic_slopes(lw, partition, lambda beta: (-1, 1 - beta))
+
+    return _per_batch_element(signal, log_weights)
+
+
+def nvil_learning_signal(log_weights, mean=0.0, variance=0.0, *, baseline=0.0, normalize=True):
+    """A scalar baseline; see ``nvil_moments`` for the moments."""
+
+    def signal(lw):
+        bound = bound_of(lw)
+        if bound == -np.inf:
+            return [FLOAT(0) for _ in lw]
+        scale = max(FLOAT(1), np.sqrt(FLOAT(variance))) if normalize else FLOAT(1)
+        return [(bound - FLOAT(baseline) - FLOAT(mean) - v) / scale for v in weights_of(lw)]
+
+    return _per_batch_element(signal, log_weights)
+
+
+def nvil_moments(mean, variance, is_first, log_weights, baseline, decay):
+    """Running moments after one more batch of ``[K, B]`` log-weights."""
+    centred = [
+        bound_of(list(lw)) - b
+        for lw, b in zip(log_weights.T, baseline, strict=True)
+        if bound_of(list(lw)) > -np.inf
+    ]
+    batch_mean = sum(centred) / len(centred)
+    batch_variance = sum((x - batch_mean) ** 2 for x in centred) / len(centred)
+    share = 0.0 if is_first else decay
+    return (
+        share * mean + (1 - share) * batch_mean,
+        share * variance + (1 - share) * batch_variance,
+    )
 
 
 def linear_surrogate(log_p, log_q_path, log_q_score, *, weights, learning_signal):

@@ -36,7 +36,7 @@ X = torch.tensor([0.9, -0.4, 0.1, 1.7])
         (lambda: IWAE(2, chunk_size=1.5), TypeError, r"(?s)chunk_size.*1\.5"),
         (lambda: IWAE(2, num_replicates=0), ValueError, "num_replicates >= 1, got 0"),
         (lambda: IWAE(2, num_replicates=True), TypeError, "num_replicates"),
-        (lambda: IWAE(2, reparam="dreg"), ValueError, 'reparam="pathwise" or "score"'),
+        (lambda: IWAE(2, reparam="reinmax"), ValueError, 'reparam="pathwise" or "dreg" or'),
         (lambda: IWAE(2, nonsense=1), TypeError, "nonsense"),
         (lambda: IWAE(2, "score"), TypeError, "positional"),
         (lambda: VIMCO(2, leave_one_out="harmonic"), ValueError, "harmonic"),
@@ -46,7 +46,12 @@ X = torch.tensor([0.9, -0.4, 0.1, 1.7])
         (lambda: OVIS(2, gamma=0.5, num_auxiliary=1), ValueError, "Set one of them to 0"),
         (lambda: ReweightedWakeSleep(2, insomnia=-1), ValueError, "0 <= insomnia <= 1, got -1"),
         (lambda: ReweightedWakeSleep(2, num_sleep_particles=0), ValueError, "num_sleep_particles"),
-        (lambda: ReweightedWakeSleep(2, reparam="score"), TypeError, "reparam"),
+        (lambda: ReweightedWakeSleep(2, reparam="stl"), ValueError, 'reparam="score" or "dreg"'),
+        (lambda: ReweightedWakeSleep(2, alpha=0.5), TypeError, "alpha"),
+        (lambda: VIMCO(2, alpha=1.5), ValueError, r"0 <= alpha <= 1, got 1\.5"),
+        (lambda: IWAE(2, alpha=math.nan), ValueError, "0 <= alpha <= 1, got nan"),
+        (lambda: OVIS(2, alpha=0.5, gamma=1.0), ValueError, "alpha=0.5 with gamma=1.0"),
+        (lambda: OVIS(2, alpha=0.5, num_auxiliary=1), ValueError, "num_auxiliary=1"),
     ],
 )
 def test_options_are_checked_when_the_objective_is_made(build, error, match):

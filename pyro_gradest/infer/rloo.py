@@ -1,0 +1,101 @@
+"""The ELBO with leave-one-out baselines for the score function.
+
+Notation: lw_k = log p(x, z_k) - log q(z_k | x), h_k the gradient of log q(z_k | x).
+"""
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_gradest.estimators import reinforce_leave_one_out_learning_signal
+from pyro_gradest.infer._trace import Program
+from pyro_gradest.infer.multisample_elbo import MultiSampleELBO
+
+
+class RLOO(MultiSampleELBO):
+    r"""The ELBO over several draws, each with the others for a baseline at discrete sites.
+
+    .. math:: \mathrm{ELBO} = E\Big[ \frac1K \sum_{k=1}^K \log \frac{p(x, z_k)}{q(z_k | x)} \Big]
+
+    Sites without a reparameterised sampler get the score function, where draw k is credited with
+    its log-weight minus the mean of the others; there is one baseline for each element of the
+    plates common to all sites. The draws are not weighed against each other,
+    so that global latents and mini-batches go together.
+
+    Args:
+        num_particles: K, the number of draws, at least 2.
+        reparam: What guide sites with a reparameterised sampler get. ``"pathwise"`` differentiates
+            through their values; ``"stl"`` and ``"dreg"``, which are the same here, leave the
+            score of their density out, whose mean is zero; ``"score"`` takes the score function at
+            every random site.
+        num_replicates: Number of independent averages of K draws to average.
+        chunk_size: Run particles in chunks of this size: memory does not grow with
+            ``num_particles``, at two forward passes instead of one.
+        **host_options: The arguments of the host's :class:`~pyro.infer.elbo.ELBO`:
+            ``max_plate_nesting``, ``vectorize_particles``, ``strict_enumeration_warning``,
+            ``retain_graph``, ``ignore_jit_warnings``, ``jit_options``, ``tail_adaptive_beta``.
+
+    Raises:
+        TypeError: If a count is not an integer, or an option is unknown.
+        ValueError: If ``num_particles < 2`` or an option has a value that makes no sense; at the
+            first evaluation, if model and guide do not match.
+
+    Bias and variance:
+        Unbiased for the gradient of the ELBO, with each ``reparam``. The variance falls as 1/K.
+
+    Cost:
+        K evaluations of model and guide, and O(K) to combine them.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro.infer import SVI
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Bernoulli(0.3))
+        ...         pyro.sample("x", dist.Normal(3 * z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     slope = pyro.param("slope", torch.tensor(0.1))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Bernoulli(logits=slope * x))
+        >>> loss = RLOO(num_particles=10, vectorize_particles=True)
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), loss=loss)
+        >>> x = torch.tensor([-0.5, 0.2, 2.9, 3.3])
+        >>> losses = [svi.step(x) for _ in range(100)]
+        >>> bool(pyro.param("slope") > 0.1)
+        True
+
+    References:
+        Kool, van Hoof and Welling, `Buy 4 REINFORCE Samples, Get a Baseline for Free!
+        <https://openreview.net/forum?id=r1lgTGL5DE>`_, 2019.
+    """
+
+    _least_particles = 2
+
+    def __init__(
+        self,
+        num_particles: int,
+        *,
+        reparam: str = "pathwise",
+        num_replicates: int = 1,
+        chunk_size: int | None = None,
+        **host_options: Any,
+    ) -> None:
+        super().__init__(
+            num_particles,
+            reparam=reparam,
+            alpha=1.0,
+            num_replicates=num_replicates,
+            chunk_size=chunk_size,
+            **host_options,
+        )
+
+    def _learning_signal(
+        self,
+        program: Program,
+        log_weights: Float[Tensor, " K *batch"],
+        auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
+    ) -> Float[Tensor, " K *batch"]:
+        return reinforce_leave_one_out_learning_signal(log_weights)
