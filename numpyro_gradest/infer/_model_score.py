@@ -1,7 +1,8 @@
 """The model's score at draws of the implicit sites, by differentiating its log-density."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,15 @@ from numpyro.distributions import biject_to
 from numpyro.distributions.util import sum_rightmost
 
 from numpyro_gradest.infer._implicit import implicit_groups, weight_of
-from numpyro_gradest.infer._sites import Trace, log_prob_of, samples
-from numpyro_gradest.infer._trace import (
-    Program,
-    latent_values,
-    mutable_state_of,
-    of_type,
-    trace_particle,
+from numpyro_gradest.infer._sites import (
+    Site,
+    Trace,
+    is_auxiliary,
+    is_deterministic,
+    log_prob_of,
+    samples,
 )
+from numpyro_gradest.infer._trace import Program, mutable_state_of, of_type, trace_particle
 
 
 class ScoredGroup(NamedTuple):
@@ -77,27 +79,43 @@ def _score_one(program: Program, key: Array) -> tuple:
     model_trace, guide_trace = trace_particle(program, key)
     _refuse_subsample(guide_trace | model_trace)
     drawn = implicit_groups(guide_trace)
-    held = latent_values(model_trace) | of_type(model_trace, "plate")
-    held |= program.params | mutable_state_of(guide_trace)
     implicit = {name: site for name, site in samples(guide_trace) if "implicit" in site}
+    held = _drawn(guide_trace) | of_type(guide_trace | model_trace, "plate")
+    held |= program.params | mutable_state_of(guide_trace)
+
+    def trace_at(fn: Callable, data: dict[str, Any]) -> list[tuple[str, Site]]:
+        fn = handlers.substitute(handlers.seed(fn, key), data=data)
+        return samples(handlers.trace(fn).get_trace(*program.args, **program.kwargs))
 
     def log_density(unconstrained: dict[str, Array]) -> Array:
-        total, values = jnp.zeros(()), {}
+        total, values = jnp.zeros(()), dict(held)
         for name, u in unconstrained.items():
             transform = biject_to(model_trace.get(name, implicit[name])["fn"].support)
             values[name] = transform(u)
             log_det = transform.log_abs_det_jacobian(u, values[name])
             weight = weight_of(implicit[name])
             total += jnp.sum(weight * sum_rightmost(log_det, jnp.ndim(log_det) - weight.ndim))
-        model = handlers.substitute(handlers.seed(program.model, key), data=held | values)
-        trace = handlers.trace(model).get_trace(*program.args, **program.kwargs)
-        for name, site in samples(trace):
-            scale = 1.0 if site["scale"] is None else site["scale"]
-            total += jnp.sum(scale * log_prob_of(name, site))
-        return total
+        computed = [each for each in trace_at(program.guide, values) if each[0] not in held]
+        values |= {name: site["value"] for name, site in computed}
+        total -= sum(_scaled_log_prob(*each) for each in computed)
+        return total + sum(_scaled_log_prob(*each) for each in trace_at(program.model, values))
 
     scores = jax.grad(log_density)({name: site["implicit"] for name, site in implicit.items()})
     return drawn, implicit_groups(_with_implicit(guide_trace, scores))
+
+
+def _drawn(guide_trace: Trace) -> dict[str, Array]:
+    """Values of all guide sites but point masses, which may be computed from implicit sites."""
+    return {
+        name: site["value"]
+        for name, site in samples(guide_trace)
+        if "implicit" in site or is_auxiliary(site) or not is_deterministic(site)
+    }
+
+
+def _scaled_log_prob(name: str, site: Site) -> Array:
+    scale = 1.0 if site["scale"] is None else site["scale"]
+    return jnp.sum(scale * log_prob_of(name, site))
 
 
 def _groups_at(model_trace: Trace, guide_trace: Trace, values: dict[str, Array]) -> dict:

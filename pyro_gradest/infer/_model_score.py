@@ -1,5 +1,6 @@
 """The model's score at draws of the implicit sites, by differentiating its log-density."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from pyro_gradest.infer._implicit import (
     to_constrained,
     weight_of,
 )
-from pyro_gradest.infer._sites import Trace, samples
+from pyro_gradest.infer._sites import Trace, is_auxiliary, is_deterministic, samples
 from pyro_gradest.infer._trace import (
     Program,
     ShareSubsamples,
@@ -86,6 +87,7 @@ def _score_run(
     drawn = implicit_groups(guide_trace, num_particles)
     implicit = {name: site for name, site in samples(guide_trace) if "implicit" in site}
     model_sites = dict(samples(model_trace))
+    held = _drawn(guide_trace)
     unconstrained, log_dets = {}, []
     for name, site in implicit.items():
         u = site["implicit"].detach().requires_grad_()
@@ -95,21 +97,34 @@ def _score_run(
         weight = weight_of(site)
         log_dets.append((weight * sum_rightmost(log_det, log_det.dim() - weight.dim())).sum())
         unconstrained[name] = u
-        if name in model_sites:
-            model_sites[name]["value"] = value
-    model = program.model
+        held.nodes[name]["value"] = value
+    model, guide = program.model, program.guide
     if num_particles > 1:
-        model = in_particle_plate(model, num_particles, program.max_plate_nesting + 1)
+        nesting = program.max_plate_nesting + 1
+        model, guide = (in_particle_plate(fn, num_particles, nesting) for fn in (model, guide))
+
+    def trace_at(fn: Callable, values: Trace) -> Trace:
+        replayed = poutine.trace(poutine.replay(fn, trace=values))
+        return replayed.get_trace(*program.args, **program.kwargs)
+
     with ShareSubsamples(program.subsamples), torch.enable_grad():
-        trace = poutine.trace(poutine.replay(model, trace=model_trace)).get_trace(
-            *program.args, **program.kwargs
-        )
-        log_density = trace.log_prob_sum() + sum(log_dets)
+        guide_at = trace_at(guide, held)
+        log_q = guide_at.log_prob_sum(lambda name, _: name not in held)
+        log_density = trace_at(model, guide_at).log_prob_sum() + sum(log_dets) - log_q
     leaves = list(unconstrained.values())
     gradients = torch.autograd.grad(log_density, leaves, materialize_grads=True)
     for site, gradient in zip(implicit.values(), gradients, strict=True):
         site["implicit"] = gradient
     return drawn, implicit_groups(guide_trace, num_particles)
+
+
+def _drawn(guide_trace: Trace) -> Trace:
+    """All guide sites but point masses, which may be computed from implicit sites."""
+    drawn = Trace()
+    for name, site in samples(guide_trace):
+        if "implicit" in site or is_auxiliary(site) or not is_deterministic(site["fn"]):
+            drawn.add_node(name, **site)
+    return drawn
 
 
 def _groups_at(

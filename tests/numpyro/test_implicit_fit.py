@@ -6,11 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+import optax
 import pytest
 from jax import random
 from numpyro import handlers, param, plate, sample
+from numpyro.infer import SVI
 
-from numpyro_gradest import Implicit, check_implicit_fit, estimators
+from numpyro_gradest import (
+    AutoImplicit,
+    Implicit,
+    ImplicitELBO,
+    check_implicit_fit,
+    estimators,
+)
 from numpyro_gradest.infer._model_score import score_draws
 from numpyro_gradest.infer._trace import Program
 
@@ -24,8 +32,9 @@ def noise(name="noise", shape=()):
     return sample(name, fn, infer={"is_auxiliary": True})
 
 
-def drawn(model, guide, reference=None):
-    program = Program(model, guide, {}, (), {}, "pathwise", is_weighted=False, takes_implicit=True)
+def drawn(model, guide, reference=None, params=None):
+    programs = model, guide, params or {}
+    program = Program(*programs, (), {}, "pathwise", is_weighted=False, takes_implicit=True)
     return score_draws(program, random.key(0), 3, reference)
 
 
@@ -60,6 +69,22 @@ def test_score_in_unconstrained_space():
     np.testing.assert_allclose(group.model_scores[0], desired, rtol=1e-10)
     np.testing.assert_allclose(group.reference[0, :, :2], np.log(3.0))
     np.testing.assert_allclose(group.reference[0, :, 2], np.arange(4.0))
+
+
+def test_score_through_an_autoguide():
+    """Its implicit site is in no model: the latents are point masses computed from it."""
+    guide = AutoImplicit(positive_model)
+    svi = SVI(positive_model, guide, optax.adam(1e-3), loss=ImplicitELBO(2))
+    (group,) = drawn(positive_model, guide, params=svi.get_params(svi.init(random.key(0))))
+
+    def log_density(u):
+        log_prior = (2 * u[1:] - jnp.exp(u[1:])).sum() - (u[0] - 1) ** 2 / 8
+        s = jnp.exp(u[1:]).sum()
+        return log_prior - jnp.log(s) - (0.7 - u[0]) ** 2 / (2 * s**2)
+
+    assert group.sites == ("_auto_latent",)
+    desired = jax.vmap(jax.grad(log_density))(group.samples[0])
+    np.testing.assert_allclose(group.model_scores[0], desired, rtol=1e-10)
 
 
 @pytest.mark.parametrize(

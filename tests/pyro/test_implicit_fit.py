@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyro import plate, poutine, sample
 
-from pyro_gradest import Implicit, ImplicitELBO, check_implicit_fit, estimators
+from pyro_gradest import AutoImplicit, Implicit, ImplicitELBO, check_implicit_fit, estimators
 from pyro_gradest.infer._implicit import implicit_parents
 from pyro_gradest.infer._model_score import score_draws
 from pyro_gradest.infer.multisample_elbo import program_of
@@ -64,6 +64,22 @@ def test_score_in_unconstrained_space(vectorize):
     np.testing.assert_allclose(group.model_scores[0], desired, rtol=1e-10)
     np.testing.assert_allclose(group.reference[0, :, :2], np.log(3.0))
     np.testing.assert_allclose(group.reference[0, :, 2], np.arange(4.0))
+
+
+@each_run
+def test_score_through_an_autoguide(vectorize):
+    """Its implicit site is in no model: the latents are point masses computed from it."""
+    guide = AutoImplicit(positive_model)
+    guide()
+    (group,) = drawn(positive_model, guide, vectorize)
+
+    u = group.samples[0].requires_grad_()
+    s = u[:, 1:].exp().sum(-1)
+    log_density = (2 * u[:, 1:] - u[:, 1:].exp()).sum(-1) - (u[:, 0] - 1) ** 2 / 8
+    log_density = log_density - s.log() - (0.7 - u[:, 0]) ** 2 / (2 * s**2)
+    (desired,) = torch.autograd.grad(log_density.sum(), u)
+
+    np.testing.assert_allclose(group.model_scores[0], desired, rtol=1e-10)
 
 
 @each_run
