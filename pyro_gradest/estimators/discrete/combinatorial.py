@@ -1,10 +1,11 @@
 """Solvers of combinatorial problems, by SciPy on the CPU."""
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
+from torch import Tensor
 
-from pyro_gradest.estimators.discrete.solvers import Solver, numpy_solver
+from pyro_gradest.estimators.discrete.solvers import Solve, Solver, numpy_solver
 
 
 def spanning_tree() -> Solver:
@@ -37,7 +38,8 @@ def spanning_tree() -> Solver:
         Kruskal, On the shortest spanning subtree of a graph and the traveling salesman problem,
         1956.
     """
-    return numpy_solver(_spanning_tree, event_dim=2)
+    solver = numpy_solver(_spanning_tree, event_dim=2)
+    return solver._replace(solve=partial(_of_square, solver.solve))
 
 
 def assignment() -> Solver:
@@ -97,14 +99,18 @@ def shortest_path() -> Solver:
 # SciPy is imported where it is used: most who import this package solve none of these.
 
 
+def _of_square(solve: Solve, theta: Tensor) -> Tensor:
+    if theta.shape[-1] != theta.shape[-2]:
+        raise ValueError(
+            f"spanning_tree needs theta of shape [*batch, n, n], a weight for each pair of nodes, "
+            f"got {tuple(theta.shape)}."
+        )
+    return solve(theta)
+
+
 def _spanning_tree(theta: np.ndarray) -> np.ndarray:
     from scipy.sparse.csgraph import minimum_spanning_tree
 
-    if theta.shape[0] != theta.shape[1]:
-        raise ValueError(
-            f"spanning_tree needs theta of shape [*batch, n, n], a weight for each pair of nodes, "
-            f"got {theta.shape} for one datum."
-        )
     weights = (theta + theta.T).astype(np.float64)
     # SciPy takes a zero for a missing edge, so all costs are made positive.
     costs = np.triu(1.0 + weights.max(initial=0.0) - weights, k=1)
