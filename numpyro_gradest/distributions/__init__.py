@@ -1,5 +1,6 @@
 """Distributions that the host does not have."""
 
 from numpyro_gradest.distributions.implicit import Implicit
+from numpyro_gradest.distributions.one_hot_categorical import OneHotCategorical
 
-__all__ = ["Implicit"]
+__all__ = ["Implicit", "OneHotCategorical"]

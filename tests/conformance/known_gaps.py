@@ -135,6 +135,24 @@ KNOWN_GAPS = [
         "parameter generator only in pyro_gradest",
         "torch's random numbers come from a generator, its own if none is named.",
     ),
+    # Discrete sites.
+    *(
+        Gap(
+            name,
+            difference,
+            "Pyro's backward pass updates the state; in JAX only the optimizer sees a gradient.",
+        )
+        for name, difference in (
+            ("", "export adapt_imle only in numpyro_gradest"),
+            ("", "public handlers.imle.adapt_imle only in numpyro_gradest"),
+            ("handlers", "export adapt_imle only in numpyro_gradest"),
+        )
+    ),
+    Gap(
+        "distributions.one_hot_categorical.OneHotCategorical",
+        "member probs only in numpyro_gradest",
+        "Pyro's own class, of which ours is a kind, has it; NumPyro has no such class.",
+    ),
     # Draws of discrete states.
     *(
         Gap(function, difference, reason)

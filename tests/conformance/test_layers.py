@@ -27,6 +27,7 @@ SEAM = (
     "_trace",
     "_plates",
     "_sites",
+    "_discrete_sites",
     "_dreams",
     "_implicit",
     "_semi_implicit",

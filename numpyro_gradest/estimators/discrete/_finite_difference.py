@@ -22,6 +22,8 @@ class Rule(NamedTuple):
     """lambda, where the step is not relative to theta."""
     least_length: float = 0.0
     """What the length of theta counts as at least, where the step is relative to it."""
+    weight: int = 1
+    """How often a non-zero entry counts."""
 
 
 def solve_with_difference(
@@ -72,7 +74,10 @@ def _difference(
     """The derivative in theta, and how many of its entries are not zero in how many data."""
     event_dim = rule.solver.event_dim
     if relative_step is None:
-        displacement, inverse = rule.step_size * gradient, 1 / rule.step_size
+        displacement, inverse = (
+            rule.step_size * gradient,
+            jnp.asarray(1 / rule.step_size, gradient.dtype),
+        )
         is_counted = jnp.array(True)
     else:
         size = _length(gradient, event_dim)
@@ -92,7 +97,8 @@ def _difference(
     else:
         difference = states - below
     result = inverse * difference + 0.0 * gradient
-    counts = jnp.stack([jnp.sum((difference != 0) & is_counted), jnp.sum(is_counted)])
+    non_zero = rule.weight * jnp.sum((difference != 0) & is_counted)
+    counts = jnp.stack([non_zero, jnp.sum(is_counted)])
     return result, counts.astype(theta.dtype)
 
 

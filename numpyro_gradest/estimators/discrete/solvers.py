@@ -60,6 +60,19 @@ def as_solver(solver: Any, *, caller: str) -> Solver:
     return Solver(solver)
 
 
+def is_same_solver(one: Solver, other: Solver) -> bool:
+    """Whether two solvers are known to find the same states."""
+    return one.event_dim == other.event_dim and _identity(one.solve) == _identity(other.solve)
+
+
+def _identity(function: Any) -> Any:
+    """What tells a function, also one with arguments bound to it, from others."""
+    if isinstance(function, partial):
+        bound = tuple(map(_identity, function.args)), tuple(sorted(function.keywords.items()))
+        return _identity(function.func), bound
+    return function
+
+
 def numpy_solver(
     function: Callable[[np.ndarray], Any],
     *,

@@ -169,7 +169,7 @@ class ReinMax:
     ) -> Float[Array, " *samples_batch_event"]:
         """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
         solver = as_solver(solver, caller="ReinMax")
-        if solver not in (one_hot_argmax(), threshold()):
+        if solver.solve not in (one_hot_argmax().solve, threshold().solve):
             raise ValueError(
                 "ReinMax is for categorical and Bernoulli states alone: it needs the solver "
                 "one_hot_argmax() or threshold(). IMLE takes any solver."
@@ -182,7 +182,7 @@ class ReinMax:
 
         def with_covariance(means: Array) -> Array:
             """Linear in theta, with the covariance of a draw of those means as its derivative."""
-            if solver.event_dim == 0:
+            if solver.solve == threshold().solve:
                 return means * (1 - means) * theta
             return means * (theta - jnp.sum(means * theta, axis=-1, keepdims=True))
 
@@ -210,7 +210,7 @@ class SIMPLE:
         >>> from numpyro_gradest.estimators import top_k
         >>> def first(theta, key=jax.random.key(0)):
         ...     return SIMPLE().sample(key, theta, top_k(2))[0]
-        >>> jax.grad(first)(jnp.zeros(3))  # the covariance of the first item with each
+        >>> jax.jit(jax.grad(first))(jnp.zeros(3))  # the covariance of the first item with each
         Array([ 0.22..., -0.11..., -0.11...], dtype=float32)
 
     References:

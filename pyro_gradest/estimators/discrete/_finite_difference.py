@@ -21,6 +21,8 @@ class Rule(NamedTuple):
     """lambda, where the step is not relative to theta."""
     least_length: float = 0.0
     """What the length of theta counts as at least, where the step is relative to it."""
+    weight: int = 1
+    """How often a non-zero entry counts."""
 
 
 def solve_with_difference(
@@ -64,7 +66,7 @@ class _Difference(torch.autograd.Function):
         rule, event_dim = ctx.rule, ctx.rule.solver.event_dim
         if relative_step is None:
             displacement, inverse = rule.step_size * gradient, 1 / rule.step_size
-            is_counted = None
+            is_counted = torch.tensor(True)
         else:
             size = _length(gradient, event_dim)
             length = relative_step * _length(theta, event_dim).clamp_min(rule.least_length)
@@ -85,7 +87,7 @@ class _Difference(torch.autograd.Function):
         counts = None
         if ctx.has_counts:
             non_zero = (difference != 0) & is_counted
-            counts = torch.stack([non_zero.sum(), is_counted.sum()]).to(theta.dtype)
+            counts = torch.stack([rule.weight * non_zero.sum(), is_counted.sum()]).to(theta.dtype)
         return None, result, None, None, counts
 
 

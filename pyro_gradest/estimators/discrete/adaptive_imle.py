@@ -15,7 +15,7 @@ from pyro_gradest.estimators.discrete._finite_difference import Rule, solve_with
 from pyro_gradest.estimators.discrete._validation import check_positive
 from pyro_gradest.estimators.discrete.noise import Noise
 from pyro_gradest.estimators.discrete.perturb_and_map import prepare
-from pyro_gradest.estimators.discrete.solvers import Solver
+from pyro_gradest.estimators.discrete.solvers import Solver, threshold
 
 # Beyond it a step replaces theta altogether.
 _LARGEST_STEP = 1e3
@@ -48,7 +48,8 @@ class AdaptiveIMLE:
 
     Args:
         initial_step: :math:`\beta` at first.
-        target: c, the number of non-zero entries per datum that is aimed at.
+        target: c, the number of non-zero entries per datum that is aimed at; a bit counts as two,
+            as a one-hot state of two classes has.
         rate: How far :math:`\beta`, or its logarithm, moves in a step.
         decay: Of the moving average of non-zero entries.
         momentum: Share of the previous move that is added to the next.
@@ -153,7 +154,13 @@ class AdaptiveIMLE:
             generator,
             caller="AdaptiveIMLE",
         )
-        rule = Rule(prepared.solver, self.symmetric, least_length=self.temperature)
+        rule = Rule(
+            prepared.solver,
+            self.symmetric,
+            least_length=self.temperature,
+            # A bit is one of the two entries of a one-hot state, which change together.
+            weight=2 if prepared.solver.solve == threshold().solve else 1,
+        )
         return solve_with_difference(
             rule, prepared.theta, prepared.perturbation, state.relative_step, counts
         )

@@ -170,7 +170,7 @@ class ReinMax:
     ) -> Float[Tensor, " *samples_batch_event"]:
         """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
         solver = as_solver(solver, caller="ReinMax")
-        if solver not in (one_hot_argmax(), threshold()):
+        if solver.solve not in (one_hot_argmax().solve, threshold().solve):
             raise ValueError(
                 "ReinMax is for categorical and Bernoulli states alone: it needs the solver "
                 "one_hot_argmax() or threshold(). IMLE takes any solver."
@@ -183,7 +183,7 @@ class ReinMax:
 
         def with_covariance(means: Tensor) -> Tensor:
             """Linear in theta, with the covariance of a draw of those means as its derivative."""
-            if solver.event_dim == 0:
+            if solver.solve == threshold().solve:
                 return means * (1 - means) * theta
             return means * (theta - (means * theta).sum(dim=-1, keepdim=True))
 
