@@ -2,7 +2,7 @@
 
 from numpyro_gradest import estimators
 from numpyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, check_implicit_fit
-from numpyro_gradest.distributions import Implicit, OneHotCategorical
+from numpyro_gradest.distributions import Implicit, OneHotCategorical, PerturbAndMAP
 from numpyro_gradest.estimators import (
     IMLE,
     SIMPLE,
@@ -41,6 +41,7 @@ __all__ = [
     "ImplicitSitesCheck",
     "ImportanceSamples",
     "OneHotCategorical",
+    "PerturbAndMAP",
     "ReinMax",
     "ReweightedWakeSleep",
     "SemiImplicitELBO",

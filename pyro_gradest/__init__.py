@@ -2,7 +2,7 @@
 
 from pyro_gradest import estimators
 from pyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, check_implicit_fit
-from pyro_gradest.distributions import Implicit, OneHotCategorical
+from pyro_gradest.distributions import Implicit, OneHotCategorical, PerturbAndMAP
 from pyro_gradest.estimators import (
     IMLE,
     SIMPLE,
@@ -41,6 +41,7 @@ __all__ = [
     "ImplicitSitesCheck",
     "ImportanceSamples",
     "OneHotCategorical",
+    "PerturbAndMAP",
     "ReinMax",
     "ReweightedWakeSleep",
     "SemiImplicitELBO",

@@ -2,5 +2,6 @@
 
 from numpyro_gradest.distributions.implicit import Implicit
 from numpyro_gradest.distributions.one_hot_categorical import OneHotCategorical
+from numpyro_gradest.distributions.perturb_and_map import PerturbAndMAP
 
-__all__ = ["Implicit", "OneHotCategorical"]
+__all__ = ["Implicit", "OneHotCategorical", "PerturbAndMAP"]

@@ -7,6 +7,7 @@ is their only extension off the states that has the right gradient in the mean.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from numpyro import distributions as dist
 from numpyro.distributions import kl_divergence
 from numpyro.primitives import Messenger
 
-from numpyro_gradest.distributions import OneHotCategorical
+from numpyro_gradest.distributions import OneHotCategorical, PerturbAndMAP
 from numpyro_gradest.estimators import (
     IMLE,
     SIMPLE,
@@ -66,6 +67,14 @@ class _Bernoulli(_CarriesGradient, dist.BernoulliLogits):
 
 class _OneHotCategorical(_CarriesGradient, OneHotCategorical):
     pass
+
+
+class _PerturbAndMAP(_CarriesGradient, PerturbAndMAP):
+    has_rsample: bool = True  # type: ignore[assignment]
+
+    @property
+    def logits(self) -> Array:
+        return self.theta
 
 
 @kl_divergence.register(_Bernoulli, (dist.BernoulliLogits, dist.BernoulliProbs))
@@ -175,8 +184,8 @@ def as_choice(config: Any) -> Callable[[str], Estimator | None]:
 def _may_be_chosen(msg: Site) -> bool:
     """Whether a site is meant by an estimator that is given for all."""
     fn = _base(msg["fn"])
-    is_discrete = isinstance(fn, _INTEGERS) or _kind(fn) is not None
-    return is_discrete and not msg["is_observed"]
+    is_discrete = isinstance(fn, (*_INTEGERS, PerturbAndMAP)) or _kind(fn)
+    return bool(is_discrete) and not msg["is_observed"]
 
 
 def _check_site(name: str, msg: Site) -> None:
@@ -205,6 +214,8 @@ def _with_gradient(
     if isinstance(fn, dist.ExpandedDistribution):
         base = _with_gradient(fn.base_dist, name, estimator, draw_of, event_dim)
         return base.expand(fn.batch_shape)
+    if isinstance(fn, PerturbAndMAP):
+        return _perturb_and_map(fn, name, estimator, draw_of, event_dim)
     kind = _kind(fn)
     if kind is None:
         raise ValueError(_unsupported(name, fn))
@@ -212,6 +223,24 @@ def _with_gradient(
     solver = threshold() if kind is _Bernoulli else one_hot_argmax()
     new = kind(logits=fn.logits)
     new.draw = draw_of(name, estimator, solver._replace(event_dim=solver.event_dim + event_dim))
+    return new
+
+
+def _perturb_and_map(
+    fn: Any, name: str, estimator: Estimator, draw_of: Callable, event_dim: int
+) -> Any:
+    if not isinstance(estimator, (IMLE, AdaptiveIMLE, StraightThrough)) or (
+        estimator.noise is not None or estimator.temperature != 1.0
+    ):
+        raise ValueError(
+            f"Site {name!r} draws by PerturbAndMAP with noise and a temperature of its own, which "
+            f"IMLE, AdaptiveIMLE and StraightThrough take over, got {estimator}. Leave noise and "
+            "temperature out there."
+        )
+    estimator = replace(estimator, noise=fn.noise, temperature=fn.temperature)
+    new = _PerturbAndMAP(fn.theta, fn.solver, fn.noise, temperature=fn.temperature)
+    solver = fn.solver._replace(event_dim=fn.solver.event_dim + event_dim)
+    new.draw = draw_of(name, estimator, solver)
     return new
 
 
@@ -235,8 +264,9 @@ def _unsupported(name: str, fn: Any) -> str:
             "(value @ table instead of table[value])."
         )
     return (
-        f"imle is for Bernoulli and OneHotCategorical sites, but {name!r} has the distribution "
-        f"{type(fn).__name__}. Leave it out: a continuous site is reparameterised by the host."
+        f"imle is for Bernoulli, OneHotCategorical and PerturbAndMAP sites, but {name!r} has the "
+        f"distribution {type(fn).__name__}. Leave it out: a continuous site is reparameterised by "
+        "the host."
     )
 
 

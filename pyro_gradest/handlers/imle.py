@@ -14,11 +14,12 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
     ``Trace_ELBO``, ``TraceMeanField_ELBO`` (with its analytic KL) and ``IWAE`` do. With
     ``reparam="score"`` and in objectives that enumerate, the estimator is not used.
 
-    ``Bernoulli`` and ``OneHotCategorical`` sites can carry a gradient, also under ``to_event``,
-    ``mask`` and in plates. For several draws use the objective's ``num_particles``; the mean over
-    particles, scales and subsampled plates multiply the gradient that arrives at a site, and with
-    it the step of ``IMLE``, but not that of ``AdaptiveIMLE``, whose state is kept in the parameter
-    store as ``"<site>_imle"`` and updated in each backward pass.
+    ``Bernoulli``, ``OneHotCategorical`` and ``PerturbAndMAP`` sites can carry a gradient, also
+    under ``to_event``, ``mask`` and in plates. For several draws use the objective's
+    ``num_particles``. The mean over particles, scales and subsampled plates multiply the gradient
+    that arrives at a site, and with it the step of ``IMLE``, but not that of ``AdaptiveIMLE``,
+    whose state is kept in the parameter store as ``"<site>_imle"`` and updated in each backward
+    pass.
 
     Args:
         fn: A guide, or a model: one that samples the host's ``OneHotCategorical`` needs to be

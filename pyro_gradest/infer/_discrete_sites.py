@@ -7,6 +7,7 @@ is their only extension off the states that has the right gradient in the mean.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from pyro import get_param_store
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_gradest.distributions import PerturbAndMAP
 from pyro_gradest.distributions.one_hot_categorical import LINEAR_LOG_PROBS, OneHotCategorical
 from pyro_gradest.estimators import (
     IMLE,
@@ -64,6 +66,12 @@ class _Bernoulli(_CarriesGradient, dist.Bernoulli):
 
 class _OneHotCategorical(_CarriesGradient, OneHotCategorical):
     pass
+
+
+class _PerturbAndMAP(_CarriesGradient, PerturbAndMAP):
+    @property
+    def logits(self) -> Tensor:
+        return self.theta
 
 
 class DiscreteSites(Messenger):
@@ -155,8 +163,8 @@ def as_choice(config: Any) -> Callable[[str], Estimator | None]:
 def _may_be_chosen(msg: Site) -> bool:
     """Whether a site is meant by an estimator that is given for all."""
     fn = _base(msg["fn"])
-    is_discrete = isinstance(fn, torch.distributions.Categorical) or _kind(fn) is not None
-    return is_discrete and not msg["is_observed"]
+    is_discrete = isinstance(fn, (torch.distributions.Categorical, PerturbAndMAP)) or _kind(fn)
+    return bool(is_discrete) and not msg["is_observed"]
 
 
 def _check_site(name: str, msg: Site) -> None:
@@ -185,6 +193,8 @@ def _with_gradient(
     if isinstance(fn, dist.ExpandedDistribution):
         base = _with_gradient(fn.base_dist, name, estimator, draw_of, event_dim)
         return base.expand(fn.batch_shape)
+    if isinstance(fn, PerturbAndMAP):
+        return _perturb_and_map(fn, name, estimator, draw_of, event_dim)
     kind = _kind(fn)
     if kind is None:
         raise ValueError(_unsupported(name, fn))
@@ -192,6 +202,24 @@ def _with_gradient(
     solver = threshold() if kind is _Bernoulli else one_hot_argmax()
     new = kind(logits=fn.logits)
     new.draw = draw_of(name, estimator, solver._replace(event_dim=solver.event_dim + event_dim))
+    return new
+
+
+def _perturb_and_map(
+    fn: Any, name: str, estimator: Estimator, draw_of: Callable, event_dim: int
+) -> Any:
+    if not isinstance(estimator, (IMLE, AdaptiveIMLE, StraightThrough)) or (
+        estimator.noise is not None or estimator.temperature != 1.0
+    ):
+        raise ValueError(
+            f"Site {name!r} draws by PerturbAndMAP with noise and a temperature of its own, which "
+            f"IMLE, AdaptiveIMLE and StraightThrough take over, got {estimator}. Leave noise and "
+            "temperature out there."
+        )
+    estimator = replace(estimator, noise=fn.noise, temperature=fn.temperature)
+    new = _PerturbAndMAP(fn.theta, fn.solver, fn.noise, temperature=fn.temperature)
+    solver = fn.solver._replace(event_dim=fn.solver.event_dim + event_dim)
+    new.draw = draw_of(name, estimator, solver)
     return new
 
 
@@ -215,8 +243,9 @@ def _unsupported(name: str, fn: Any) -> str:
             "(value @ table instead of table[value])."
         )
     return (
-        f"imle is for Bernoulli and OneHotCategorical sites, but {name!r} has the distribution "
-        f"{type(fn).__name__}. Leave it out: a continuous site is reparameterised by the host."
+        f"imle is for Bernoulli, OneHotCategorical and PerturbAndMAP sites, but {name!r} has the "
+        f"distribution {type(fn).__name__}. Leave it out: a continuous site is reparameterised by "
+        "the host."
     )
 
 

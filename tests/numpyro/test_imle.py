@@ -7,6 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from numpyro.distributions import kl_divergence
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from numpyro_gradest import (
@@ -16,12 +17,13 @@ from numpyro_gradest import (
     AdaptiveIMLE,
     GumbelSoftmaxST,
     OneHotCategorical,
+    PerturbAndMAP,
     ReinMax,
     StraightThrough,
     adapt_imle,
     imle,
 )
-from numpyro_gradest.estimators import GaussianNoise, GumbelNoise, LogisticNoise, Noise
+from numpyro_gradest.estimators import GaussianNoise, GumbelNoise, LogisticNoise, Noise, top_k
 from tests.conformance.backends import QUICK_TO_COMPILE
 from tests.oracles import discrete as oracle
 
@@ -315,3 +317,68 @@ def test_log_probability_of_one_hot_values():
     np.testing.assert_array_equal(site.sample(KEY, (5,)).sum(-1), 1)
     with pytest.raises(ValueError, match="either probs or logits"):
         OneHotCategorical()
+
+
+# Sites without a density
+
+
+def divergence(q, p, **options):
+    laws = (PerturbAndMAP(jnp.array(theta), top_k(2), **options) for theta in (q, p))
+    return kl_divergence(*laws)
+
+
+def test_bound_of_the_divergence_holds():
+    """Against the divergence of the states by enumeration; equal where nothing is lost."""
+    rng, states = np.random.default_rng(0), oracle.subsets(4, 2)
+    for _ in range(5):
+        q, p = rng.normal(size=(2, 4))
+        law_q, law_p = ([oracle.plackett_luce_subset(t, z) for z in states] for t in (q, p))
+        exact = np.sum(law_q * np.log(np.divide(law_q, law_p)))
+        bound = divergence(q, p)
+        np.testing.assert_allclose(bound, np.sum(q - p + np.exp(p - q) - 1))
+        assert bound > exact
+    np.testing.assert_allclose(divergence(2 * q, 2 * p, temperature=2.0), bound)
+    gaussian = divergence(q, p, noise=GaussianNoise(), temperature=0.5)
+    np.testing.assert_allclose(gaussian, 2 * np.sum((q - p) ** 2))
+    with pytest.raises(ValueError, match="same temperature and either Gumbel or Gaussian"):
+        divergence(q, p, noise=LogisticNoise())
+
+
+DATA = jnp.array([[0.0, 3.0, 0.0, 3.0], [3.0, 3.0, 0.0, 0.0]])
+
+
+def subset_model():
+    with numpyro.plate("data", 2):
+        z = numpyro.sample("z", PerturbAndMAP(jnp.zeros(4), top_k(2)))
+        numpyro.sample("x", dist.Normal(3 * z, 1.0).to_event(1), obs=DATA)
+
+
+def subset_guide(solver=None):
+    theta = numpyro.param("theta", jnp.zeros((2, 4)))
+    with numpyro.plate("data", 2):
+        numpyro.sample("z", PerturbAndMAP(theta, solver or top_k(2)))
+
+
+@pytest.mark.parametrize("estimator", [IMLE(step_size=0.3), AdaptiveIMLE(), StraightThrough()])
+def test_any_solver_trains_with_the_bound(estimator):
+    config = {"z": estimator}
+    optimizer = adapt_imle(optax.adam(0.1), config)
+    svi = SVI(subset_model, imle(subset_guide, config), optimizer, TraceMeanField_ELBO(4))
+    result = svi.run(KEY, 60, progress_bar=False)
+    assert ((result.params["theta"] > 0.2) == (DATA > 1)).all()
+
+
+def test_sites_without_a_density_are_refused_elsewhere():
+    guide, params = imle(subset_guide, {"z": IMLE()}), {"theta": jnp.zeros((2, 4))}
+    for loss in (Trace_ELBO(), IWAE(1)):
+        with pytest.raises(NotImplementedError, match="TraceMeanField_ELBO"):
+            loss.loss(KEY, params, subset_model, guide)
+    with pytest.raises(ValueError, match="same solver"):
+        other = imle(lambda: subset_guide(top_k(1)), {"z": IMLE()})
+        TraceMeanField_ELBO().loss(KEY, params, subset_model, other)
+    with pytest.raises(ValueError, match="IMLE, AdaptiveIMLE and StraightThrough take over"):
+        numpyro.handlers.seed(imle(subset_guide, {"z": SIMPLE()}), 0)()
+    with pytest.raises(ValueError, match="temperature > 0"):
+        PerturbAndMAP(jnp.zeros(3), top_k(2), temperature=0.0)
+    with pytest.raises(ValueError, match="1 event axes"):
+        PerturbAndMAP(jnp.array(0.0), top_k(2))

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from torch.distributions import kl_divergence
 
 from pyro_gradest import (
     IMLE,
@@ -16,11 +17,12 @@ from pyro_gradest import (
     AdaptiveIMLE,
     GumbelSoftmaxST,
     OneHotCategorical,
+    PerturbAndMAP,
     ReinMax,
     StraightThrough,
     imle,
 )
-from pyro_gradest.estimators import GaussianNoise, GumbelNoise, LogisticNoise, Noise
+from pyro_gradest.estimators import GaussianNoise, GumbelNoise, LogisticNoise, Noise, top_k
 from tests.oracles import discrete as oracle
 
 # A plate of many data that are all alike, whose noise fills its space evenly: the sum over data is
@@ -293,3 +295,70 @@ def test_log_probability_of_one_hot_values():
     )
     torch.testing.assert_close(gradient[:2], torch.log_softmax(torch.tensor([0.0, 1.0]), 0))
     assert gradient[2] == -1e30
+
+
+# Sites without a density
+
+
+def divergence(q, p, **options):
+    laws = (PerturbAndMAP(torch.tensor(theta), top_k(2), **options) for theta in (q, p))
+    return kl_divergence(*laws).item()
+
+
+def test_bound_of_the_divergence_holds():
+    """Against the divergence of the states by enumeration; equal where nothing is lost."""
+    rng, states = np.random.default_rng(0), oracle.subsets(4, 2)
+    for _ in range(5):
+        q, p = rng.normal(size=(2, 4))
+        law_q, law_p = ([oracle.plackett_luce_subset(t, z) for z in states] for t in (q, p))
+        exact = np.sum(law_q * np.log(np.divide(law_q, law_p)))
+        bound = divergence(q, p)
+        np.testing.assert_allclose(bound, np.sum(q - p + np.exp(p - q) - 1))
+        assert bound > exact
+    np.testing.assert_allclose(divergence(2 * q, 2 * p, temperature=2.0), bound)
+    gaussian = divergence(q, p, noise=GaussianNoise(), temperature=0.5)
+    np.testing.assert_allclose(gaussian, 2 * np.sum((q - p) ** 2))
+    with pytest.raises(ValueError, match="same temperature and either Gumbel or Gaussian"):
+        divergence(q, p, noise=LogisticNoise())
+
+
+DATA = torch.tensor([[0.0, 3.0, 0.0, 3.0], [3.0, 3.0, 0.0, 0.0]])
+
+
+def subset_model():
+    with pyro.plate("data", 2):
+        z = pyro.sample("z", PerturbAndMAP(torch.zeros(4), top_k(2)))
+        pyro.sample("x", dist.Normal(3 * z, 1.0).to_event(1), obs=DATA)
+
+
+def subset_guide(solver=None):
+    theta = pyro.param("theta", torch.zeros(2, 4))
+    with pyro.plate("data", 2):
+        pyro.sample("z", PerturbAndMAP(theta, solver or top_k(2)))
+
+
+@pytest.mark.parametrize("estimator", [IMLE(step_size=0.3), AdaptiveIMLE(), StraightThrough()])
+def test_any_solver_trains_with_the_bound(estimator):
+    guide = imle(subset_guide, {"z": estimator})
+    loss = TraceMeanField_ELBO(4, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(subset_model, guide, pyro.optim.Adam({"lr": 0.1}), loss)
+    for _ in range(60):
+        svi.step()
+    assert ((pyro.param("theta") > 0.2) == (DATA > 1)).all()
+
+
+def test_sites_without_a_density_are_refused_elsewhere():
+    guide = imle(subset_guide, {"z": IMLE()})
+    for loss in (Trace_ELBO(), IWAE(1)):
+        with pytest.raises((NotImplementedError, ValueError), match=r"TraceMeanField|infinite"):
+            loss.loss_and_grads(subset_model, guide)
+    with pytest.raises(ValueError, match="same solver"):
+        TraceMeanField_ELBO().loss_and_grads(
+            subset_model, imle(lambda: subset_guide(top_k(1)), {"z": IMLE()})
+        )
+    with pytest.raises(ValueError, match="IMLE, AdaptiveIMLE and StraightThrough take over"):
+        imle(subset_guide, {"z": SIMPLE()})()
+    with pytest.raises(ValueError, match="temperature > 0"):
+        PerturbAndMAP(torch.zeros(3), top_k(2), temperature=0.0)
+    with pytest.raises(ValueError, match="1 event axes"):
+        PerturbAndMAP(torch.tensor(0.0), top_k(2))
