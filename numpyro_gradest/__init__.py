@@ -2,7 +2,16 @@
 
 from numpyro_gradest import estimators
 from numpyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, check_implicit_fit
-from numpyro_gradest.distributions import Implicit
+from numpyro_gradest.distributions import Implicit, OneHotCategorical, PerturbAndMAP
+from numpyro_gradest.estimators import (
+    IMLE,
+    SIMPLE,
+    AdaptiveIMLE,
+    GumbelSoftmaxST,
+    ReinMax,
+    StraightThrough,
+)
+from numpyro_gradest.handlers import adapt_imle, imle
 from numpyro_gradest.infer import (
     IWAE,
     NVIL,
@@ -21,21 +30,31 @@ from numpyro_gradest.infer import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "IMLE",
     "IWAE",
     "NVIL",
     "OVIS",
     "RLOO",
+    "SIMPLE",
     "TVO",
     "VIMCO",
+    "AdaptiveIMLE",
     "AutoImplicit",
+    "GumbelSoftmaxST",
     "Implicit",
     "ImplicitELBO",
     "ImplicitFitReport",
     "ImplicitSitesCheck",
     "ImportanceSamples",
+    "OneHotCategorical",
+    "PerturbAndMAP",
+    "ReinMax",
     "ReweightedWakeSleep",
     "SemiImplicitELBO",
+    "StraightThrough",
+    "adapt_imle",
     "check_implicit_fit",
     "estimators",
+    "imle",
     "importance_samples",
 ]

@@ -2,7 +2,16 @@
 
 from pyro_gradest import estimators
 from pyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, check_implicit_fit
-from pyro_gradest.distributions import Implicit
+from pyro_gradest.distributions import Implicit, OneHotCategorical, PerturbAndMAP
+from pyro_gradest.estimators import (
+    IMLE,
+    SIMPLE,
+    AdaptiveIMLE,
+    GumbelSoftmaxST,
+    ReinMax,
+    StraightThrough,
+)
+from pyro_gradest.handlers import imle
 from pyro_gradest.infer import (
     IWAE,
     NVIL,
@@ -21,21 +30,30 @@ from pyro_gradest.infer import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "IMLE",
     "IWAE",
     "NVIL",
     "OVIS",
     "RLOO",
+    "SIMPLE",
     "TVO",
     "VIMCO",
+    "AdaptiveIMLE",
     "AutoImplicit",
+    "GumbelSoftmaxST",
     "Implicit",
     "ImplicitELBO",
     "ImplicitFitReport",
     "ImplicitSitesCheck",
     "ImportanceSamples",
+    "OneHotCategorical",
+    "PerturbAndMAP",
+    "ReinMax",
     "ReweightedWakeSleep",
     "SemiImplicitELBO",
+    "StraightThrough",
     "check_implicit_fit",
     "estimators",
+    "imle",
     "importance_samples",
 ]

@@ -15,6 +15,20 @@ class Gap(NamedTuple):
 
 _ELBO = "infer.multisample_elbo.MultiSampleELBO"
 _AUTO_IMPLICIT = "infer.auto_implicit.AutoImplicit"
+_DISCRETE = "estimators.discrete"
+_DRAWS = (
+    f"{_DISCRETE}.perturb_and_map.perturb_and_map",
+    f"{_DISCRETE}.imle.IMLE.sample",
+    f"{_DISCRETE}.adaptive_imle.AdaptiveIMLE.sample",
+    *(
+        f"{_DISCRETE}.straight_through.{name}.sample"
+        for name in ("StraightThrough", "GumbelSoftmaxST", "ReinMax", "SIMPLE")
+    ),
+    *(
+        f"{_DISCRETE}.noise.{name}.sample_like"
+        for name in ("Noise", "GumbelNoise", "LogisticNoise", "GaussianNoise", "SumOfGammaNoise")
+    ),
+)
 _RUNS = (
     "infer.importance_samples.importance_samples",
     "diagnostics.implicit_fit.check_implicit_fit",
@@ -129,6 +143,33 @@ KNOWN_GAPS = [
         "estimators.score.sliced_wasserstein.sliced_wasserstein",
         "parameter generator only in pyro_gradest",
         "torch's random numbers come from a generator, its own if none is named.",
+    ),
+    # Discrete sites.
+    *(
+        Gap(
+            name,
+            difference,
+            "Pyro's backward pass updates the state; in JAX only the optimizer sees a gradient.",
+        )
+        for name, difference in (
+            ("", "export adapt_imle only in numpyro_gradest"),
+            ("", "public handlers.imle.adapt_imle only in numpyro_gradest"),
+            ("handlers", "export adapt_imle only in numpyro_gradest"),
+        )
+    ),
+    Gap(
+        "distributions.one_hot_categorical.OneHotCategorical",
+        "member probs only in numpyro_gradest",
+        "Pyro's own class, of which ours is a kind, has it; NumPyro has no such class.",
+    ),
+    # Draws of discrete states.
+    *(
+        Gap(function, difference, reason)
+        for function in _DRAWS
+        for difference, reason in {
+            "parameter key only in numpyro_gradest": "JAX's random numbers come from a key.",
+            "parameter generator only in pyro_gradest": "torch's come from a generator.",
+        }.items()
     ),
     # Functions that draw from a fitted guide.
     *(

@@ -51,7 +51,7 @@ def _expected(value: Callable) -> set[str]:
     """The sections that fit an object; what takes log-weights or particle numbers checks them."""
     if inspect.isclass(value) and issubclass(value, tuple):
         return set()  # a record describes its fields in its text
-    expected = {"Args"}
+    expected = {"Args"} if inspect.signature(value).parameters else set()
     if hasattr(value, "log_prob"):
         expected |= {"Example", "References"}  # a distribution estimates nothing
     elif not inspect.isabstract(value):

@@ -19,7 +19,7 @@ LAYERS = {"estimators": 1, "infer": 2, "distributions": 2, "handlers": 3, "diagn
 TOP = 4  # the package's own __init__.py
 
 ARRAYS = {"pyro": {"torch"}, "numpyro": {"jax"}}
-EVERYWHERE = {"numpy", "jaxtyping", *sys.stdlib_module_names}
+EVERYWHERE = {"numpy", "scipy", "jaxtyping", *sys.stdlib_module_names}
 
 # The modules of infer/ that may run a program under a trace and read the trace's sites.
 SEAM = (
@@ -27,6 +27,7 @@ SEAM = (
     "_trace",
     "_plates",
     "_sites",
+    "_discrete_sites",
     "_dreams",
     "_implicit",
     "_semi_implicit",

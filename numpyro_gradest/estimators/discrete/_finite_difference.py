@@ -1,0 +1,112 @@
+"""The derivative of a solver as a difference of solutions; it is itself never differentiated.
+
+Notation follows Niepert et al. (2021): z = MAP(theta + eps), lambda the length of the step along
+the gradient dy = dL/dz. The difference is of solutions under the *same* noise.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from numpyro_gradest.estimators.discrete.solvers import Solver
+
+
+class Rule(NamedTuple):
+    """How a difference is taken; nothing in it is an array."""
+
+    solver: Solver
+    symmetric: bool
+    step_size: float = 0.0
+    """lambda, where the step is not relative to theta."""
+    least_length: float = 0.0
+    """What the length of theta counts as at least, where the step is relative to it."""
+    weight: int = 1
+    """How often a non-zero entry counts."""
+
+
+def solve_with_difference(
+    rule: Rule,
+    theta: Array,
+    perturbation: Array,
+    relative_step: Array | None = None,
+    counts: Array | None = None,
+) -> Array:
+    """States at theta + perturbation, with the difference as their derivative in theta.
+
+    With a relative step, that of each datum is this multiple of the length of its theta, whatever
+    the length of its gradient. What ``counts`` gets is no derivative: it is the number of non-zero
+    entries of the difference, and the number of data that were counted.
+    """
+
+    # Defined anew at each call, as a solver need not be hashable.
+    @jax.custom_vjp
+    def solve(theta, perturbation, relative_step, counts):  # type: ignore[no-untyped-def]
+        return rule.solver(theta + perturbation)
+
+    def forward(theta, perturbation, relative_step, counts):  # type: ignore[no-untyped-def]
+        states = rule.solver(theta + perturbation)
+        return states, (theta, perturbation, relative_step, counts, states)
+
+    def backward(saved, gradient):  # type: ignore[no-untyped-def]
+        theta, perturbation, relative_step, counts, states = saved
+        result, new_counts = _difference(rule, theta, perturbation, relative_step, states, gradient)
+        return (
+            result,
+            jnp.zeros_like(perturbation),
+            jax.tree.map(jnp.zeros_like, relative_step),
+            None if counts is None else new_counts,
+        )
+
+    solve.defvjp(forward, backward)
+    return solve(theta, perturbation, relative_step, counts)
+
+
+def _difference(
+    rule: Rule,
+    theta: Array,
+    perturbation: Array,
+    relative_step: Array | None,
+    states: Array,
+    gradient: Array,
+) -> tuple[Array, Array]:
+    """The derivative in theta, and how many of its entries are not zero in how many data."""
+    event_dim = rule.solver.event_dim
+    if relative_step is None:
+        displacement, inverse = (
+            rule.step_size * gradient,
+            jnp.asarray(1 / rule.step_size, gradient.dtype),
+        )
+        is_counted = jnp.array(True)
+    else:
+        size = _length(gradient, event_dim)
+        length = relative_step * jnp.maximum(_length(theta, event_dim), rule.least_length)
+        # A datum without gradient, or a step of no length, makes no difference.
+        is_counted = (size > 0) & (length > 0)
+        inverse = jnp.where(is_counted, size / jnp.where(is_counted, length, 1.0), 0.0)
+        scale = jnp.where(is_counted, length / jnp.where(is_counted, size, 1.0), 0.0)
+        displacement = scale * gradient
+    # A solver need not know what to do with nan or inf: they are put back below.
+    displacement = jnp.nan_to_num(displacement, nan=0.0, posinf=0.0, neginf=0.0)
+    perturbed = theta + perturbation
+    below = rule.solver(perturbed - displacement)
+    if rule.symmetric:
+        difference = rule.solver(perturbed + displacement) - below
+        inverse = inverse / 2
+    else:
+        difference = states - below
+    result = inverse * difference + 0.0 * gradient
+    non_zero = rule.weight * jnp.sum((difference != 0) & is_counted)
+    counts = jnp.stack([non_zero, jnp.sum(is_counted)])
+    return result, counts.astype(theta.dtype)
+
+
+def _length(vectors: Array, event_dim: int) -> Array:
+    """Euclidean length over the event axes, which are kept; no square under- or overflows."""
+    if event_dim == 0:
+        return jnp.abs(vectors)
+    axes = tuple(range(-event_dim, 0))
+    largest = jnp.max(jnp.abs(vectors), axis=axes, keepdims=True)
+    scaled = vectors / jnp.where(largest > 0, largest, 1.0)
+    return largest * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axes, keepdims=True))

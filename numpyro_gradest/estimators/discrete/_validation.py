@@ -1,0 +1,52 @@
+"""Checks of what arrives at a discrete estimator, once, at the public function.
+
+Shapes, dtypes and Python numbers are always checked; values only where that is possible without
+waiting for a device, which is not so while a function is being traced or mapped.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def as_theta(theta: Any, event_dim: int, *, caller: str) -> Float[Array, " *batch_event"]:
+    """Return ``theta``, having checked that it is finite and has the solver's axes."""
+    theta = jnp.asarray(theta)
+    if not jnp.issubdtype(theta.dtype, jnp.floating):
+        raise TypeError(f"{caller} needs theta of a floating dtype, got {theta.dtype}.")
+    if theta.ndim < event_dim:
+        raise ValueError(
+            f"{caller} needs theta of shape [*batch, *event] with {event_dim} event axes, which "
+            f"the solver reads, got {theta.shape}."
+        )
+    if is_false(jnp.all(jnp.isfinite(theta))):
+        raise ValueError(
+            f"{caller} needs finite theta, got nan or inf. Exclude a choice by a large negative "
+            "number such as -1e4, not by -inf; nan most often comes from too large a learning rate."
+        )
+    return theta
+
+
+def check_positive(number: Any, name: str, *, caller: str, or_zero: bool = False) -> None:
+    """Refuse what is not a finite Python number above zero, or above or at it."""
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not is_number or not math.isfinite(number) or number < 0 or (number == 0 and not or_zero):
+        bound = ">= 0" if or_zero else "> 0"
+        raise ValueError(f"{caller} needs {name} as a finite number {bound}, got {number!r}.")
+
+
+def check_count(number: Any, name: str, *, caller: str) -> None:
+    """Refuse what is not an integer of 1 or more."""
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{caller} needs {name} as an integer >= 1, got {number!r}.")
+
+
+def is_false(condition: Array) -> bool:
+    """Whether a condition is known to be false: not while it is traced, compiled, mapped, or on a
+    device that would have to be waited for."""
+    if isinstance(condition, jax.core.Tracer):
+        return False
+    return next(iter(condition.devices())).platform == "cpu" and not bool(condition)

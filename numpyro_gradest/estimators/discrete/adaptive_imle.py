@@ -1,0 +1,190 @@
+"""Adaptive IMLE: the step follows how many entries of the gradient it leaves non-zero.
+
+Notation follows Minervini, Franceschi and Niepert (2023): beta the relative step, c the target.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from numpyro_gradest.estimators.discrete._finite_difference import Rule, solve_with_difference
+from numpyro_gradest.estimators.discrete._validation import check_positive
+from numpyro_gradest.estimators.discrete.noise import Noise
+from numpyro_gradest.estimators.discrete.perturb_and_map import prepare
+from numpyro_gradest.estimators.discrete.solvers import Solver, threshold
+
+# Beyond it a step replaces theta altogether.
+_LARGEST_STEP = 1e3
+# From zero no product leads back.
+_LEAST_STEP = 1e-6
+
+
+class AdaptiveState(NamedTuple):
+    """What adaptive IMLE carries from step to step, all scalars; save it with the parameters."""
+
+    relative_step: Float[Array, ""]
+    """beta, the length of the step in units of the length of theta."""
+    density: Float[Array, ""]
+    """Moving average of the number of non-zero entries in the gradient of a datum."""
+    previous_update: Float[Array, ""]
+    """What was last added to beta, or to its logarithm."""
+
+
+@dataclass(frozen=True)
+class AdaptiveIMLE:
+    r"""IMLE whose step adapts until each datum has a given number of non-zero gradient entries.
+
+    The difference of :class:`IMLE` is taken over a step of
+
+    .. math:: \lambda = \beta\, \max(\lVert \theta \rVert, \tau) / \lVert dy \rVert
+
+    with norms over the state of each datum, so that the gradient of one does not depend on the
+    others. After each backward pass :meth:`update` moves :math:`\beta` up where gradients were
+    sparser than the target, and down where they were denser.
+
+    Args:
+        initial_step: :math:`\beta` at first.
+        target: c, the number of non-zero entries per datum that is aimed at; a bit counts as two,
+            as a one-hot state of two classes has.
+        rate: How far :math:`\beta`, or its logarithm, moves in a step.
+        decay: Of the moving average of non-zero entries.
+        momentum: Share of the previous move that is added to the next.
+        multiplicative: Whether the logarithm of :math:`\beta` moves, which reaches any order of
+            magnitude soon; else :math:`\beta` itself does, as in the paper.
+        symmetric: Whether the difference is central.
+        noise: Law of the perturbation; ``None`` is the solver's own.
+        temperature: :math:`\tau`.
+
+    Raises:
+        ValueError: If an option is out of its range.
+
+    Bias and variance:
+        Biased by design, as :class:`IMLE` with the step that results. Data whose gradient is zero
+        are not counted.
+
+    Cost:
+        That of :class:`IMLE`, and the norms.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_gradest.estimators import top_k
+        >>> estimator, theta = AdaptiveIMLE(), jnp.zeros((4, 3))
+        >>> state = estimator.init(theta)
+        >>> def loss(theta, counts, key=jax.random.key(0)):
+        ...     z = estimator.sample(key, theta, top_k(1), state=state, counts=counts)
+        ...     return jnp.sum(z**2 @ jnp.arange(3.0))
+        >>> gradient, counts = jax.grad(loss, (0, 1))(theta, jnp.zeros(2))  # [non-zero, data]
+        >>> state = estimator.update(state, counts)
+
+    References:
+        Minervini, Franceschi and Niepert, `Adaptive Perturbation-Based Gradient Estimation for
+        Discrete Latent Variable Models <https://arxiv.org/abs/2209.04862>`_, 2023, equations 9
+        and 10 (additive; without the lower bound on the length of theta, so that scores of zero
+        have no gradient).
+    """
+
+    initial_step: float = 0.1
+    target: float = 1.0
+    rate: float = 0.05
+    decay: float = 0.9
+    momentum: float = 0.0
+    multiplicative: bool = True
+    symmetric: bool = True
+    noise: Noise | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("target", "rate"):
+            check_positive(getattr(self, name), name, caller="AdaptiveIMLE")
+        check_positive(
+            self.initial_step,
+            "initial_step",
+            caller="AdaptiveIMLE",
+            or_zero=not self.multiplicative,
+        )
+        check_positive(self.temperature, "temperature", caller="AdaptiveIMLE", or_zero=True)
+        for name in ("decay", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"AdaptiveIMLE needs 0 <= {name} < 1, got {getattr(self, name)!r}."
+                )
+
+    def init(self, theta: Float[Array, " *batch_event"]) -> AdaptiveState:
+        """The state at first, of the dtype of ``theta``."""
+        first = (self.initial_step, self.target, 0.0)
+        return AdaptiveState(*(jnp.array(number, theta.dtype) for number in first))
+
+    def sample(
+        self,
+        key: Array,
+        theta: Float[Array, " *batch_event"],
+        solver: Solver | Callable[[Array], Array],
+        *,
+        state: AdaptiveState,
+        counts: Float[Array, "2"] | None = None,
+        num_samples: int | None = None,
+    ) -> Float[Array, " *samples_batch_event"]:
+        """Draw states that carry the gradient.
+
+        Args:
+            key: Random key of the noise.
+            theta: Finite scores, shape ``[*batch, *event]``.
+            solver: Finds the maximum, such as ``top_k(3)``, or any function from theta to states.
+            state: What :meth:`init` or :meth:`update` returned.
+            counts: Two zeros whose gradient becomes the number of non-zero entries and the number
+                of data, summed over all draws that were given them: what :meth:`update` takes.
+            num_samples: S, the number of draws along a new leading axis; ``None`` is one without.
+
+        Returns:
+            States, shape ``[*batch, *event]`` or ``[S, *batch, *event]``.
+
+        Raises:
+            ValueError: As :func:`perturb_and_map`.
+        """
+        prepared = prepare(
+            key,
+            theta,
+            solver,
+            self.noise,
+            self.temperature,
+            num_samples,
+            caller="AdaptiveIMLE",
+        )
+        rule = Rule(
+            prepared.solver,
+            self.symmetric,
+            least_length=self.temperature,
+            # A bit is one of the two entries of a one-hot state, which change together.
+            weight=2 if prepared.solver.solve == threshold().solve else 1,
+        )
+        return solve_with_difference(
+            rule, prepared.theta, prepared.perturbation, state.relative_step, counts
+        )
+
+    def update(self, state: AdaptiveState, counts: Float[Array, "2"]) -> AdaptiveState:
+        """The state after a backward pass.
+
+        Args:
+            state: The state before.
+            counts: Gradient of the ``counts`` that :meth:`sample` was given.
+
+        Returns:
+            The new state; the same one where no datum was counted.
+        """
+        non_zero, data = counts
+        per_datum = non_zero / jnp.maximum(data, 1)
+        density = self.decay * state.density + (1 - self.decay) * per_datum
+        direction = jnp.where(density < self.target, self.rate, -self.rate)
+        update = self.momentum * state.previous_update + direction.astype(density.dtype)
+        step = state.relative_step
+        if self.multiplicative:
+            step = jnp.clip(step * jnp.exp(update), _LEAST_STEP, _LARGEST_STEP)
+        else:
+            step = jnp.clip(step + update, 0.0, _LARGEST_STEP)
+        new = AdaptiveState(step, density, update)
+        return AdaptiveState(
+            *(jnp.where(data > 0, after, before) for after, before in zip(new, state, strict=True))
+        )

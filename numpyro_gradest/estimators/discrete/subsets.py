@@ -1,0 +1,72 @@
+"""Subsets of fixed size as an exponential family, by elementary symmetric polynomials.
+
+p(z) is proportional to exp <z, theta> over z in {0, 1}^n with k ones. The normaliser is the
+coefficient of x^k in the product of (1 + exp(theta_i) x), multiplied out in a balanced tree of
+log-coefficients, of which none beyond k is kept: O(n k) in log2(n) steps of whole arrays. A draw
+goes down the same tree and splits the ones among the children.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from numpyro_gradest.estimators.discrete.noise import GumbelNoise
+
+# Stands for the logarithm of zero. -inf would make the derivative of a logsumexp nan.
+_NEVER = -1e30
+
+
+def log_partition(theta: Float[Array, " *batch n"], num_ones: int) -> Float[Array, " *batch"]:
+    """Logarithm of the sum of exp <z, theta> over all z with that many ones."""
+    return _tree(theta, num_ones)[-1][..., 0, num_ones]
+
+
+def marginals(theta: Float[Array, " *batch n"], num_ones: int) -> Float[Array, " *batch n"]:
+    """Probability of each item to be in the subset; differentiable, their Jacobian the covariance
+    of the items."""
+    return jax.grad(lambda theta: jnp.sum(log_partition(theta, num_ones)))(theta)
+
+
+def draw(key: Array, theta: Float[Array, " *batch n"], num_ones: int) -> Float[Array, " *batch n"]:
+    """One subset for each batch element, exactly from the family."""
+    tree = _tree(jax.lax.stop_gradient(theta), num_ones)
+    counts = jnp.full((*theta.shape[:-1], 1), num_ones)
+    keys = jax.random.split(key, len(tree))
+    for key, level in zip(keys, reversed(tree[:-1]), strict=False):
+        left, right = level[..., 0::2, :], level[..., 1::2, :]
+        others = counts[..., None] - jnp.arange(left.shape[-1])
+        log_weights = left + _coefficient(right, others)
+        in_left = jnp.argmax(log_weights + GumbelNoise().sample_like(key, log_weights), axis=-1)
+        counts = jnp.stack([in_left, counts - in_left], axis=-1)
+        counts = counts.reshape(*counts.shape[:-2], -1)
+    return counts[..., : theta.shape[-1]].astype(theta.dtype)
+
+
+def _tree(theta: Array, num_ones: int) -> list[Array]:
+    """Log-coefficients ``[*batch, nodes, degree + 1]`` of every level, from the items up."""
+    num_items = theta.shape[-1]
+    depth = (num_items - 1).bit_length()
+    widths = [(0, 0)] * (theta.ndim - 1) + [(0, 2**depth - num_items)]
+    padded = jnp.pad(theta, widths, constant_values=_NEVER)
+    levels = [jnp.stack([jnp.zeros_like(padded), padded], axis=-1)]
+    for _ in range(depth):
+        left, right = levels[-1][..., 0::2, :], levels[-1][..., 1::2, :]
+        degree = left.shape[-1] - 1
+        new_degree = min(2 * degree, num_ones)
+        difference = jnp.arange(new_degree + 1)[:, None] - jnp.arange(degree + 1)
+        products = left[..., None, :] + _coefficient(right[..., None, :], difference)
+        levels.append(jax.nn.logsumexp(products, axis=-1))
+    return levels
+
+
+def _coefficient(log_coefficients: Array, power: Array) -> Array:
+    """The entry at ``power`` of the last axis, zero's logarithm outside of it."""
+    degree = log_coefficients.shape[-1] - 1
+    is_inside = (power >= 0) & (power <= degree)
+    shape = jnp.broadcast_shapes(log_coefficients.shape[:-1], power.shape[:-1])
+    taken = jnp.take_along_axis(
+        jnp.broadcast_to(log_coefficients, (*shape, degree + 1)),
+        jnp.broadcast_to(jnp.clip(power, 0, degree), (*shape, power.shape[-1])),
+        axis=-1,
+    )
+    return jnp.where(is_inside, taken, _NEVER)

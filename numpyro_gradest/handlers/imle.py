@@ -1,0 +1,134 @@
+"""Gradients through discrete sites, for any loss that differentiates through values."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array
+
+from numpyro_gradest.estimators import AdaptiveIMLE
+from numpyro_gradest.infer._discrete_sites import (
+    DiscreteSites,
+    as_choice,
+    state_name,
+    update_state,
+)
+
+
+def imle(fn: Callable | None = None, config: Any = None) -> Any:
+    """Let discrete sites of a program carry the gradient of an estimator such as ``IMLE``.
+
+    The sites keep their distribution and their exact log-probability: draws are exactly discrete,
+    and any objective that differentiates through reparameterised values trains them, as
+    ``Trace_ELBO``, ``TraceMeanField_ELBO`` (with its analytic KL) and ``IWAE`` do. With
+    ``reparam="score"`` and in objectives that enumerate, the estimator is not used.
+
+    ``Bernoulli``, ``OneHotCategorical`` and ``PerturbAndMAP`` sites can carry a gradient, also
+    under ``to_event``, ``mask`` and in plates. For several draws use the objective's
+    ``num_particles``. The mean over particles, scales and subsampled plates multiply the gradient
+    that arrives at a site, and with it the step of ``IMLE``, but not that of ``AdaptiveIMLE``,
+    whose state is the parameter ``"<site>_imle"`` in the state of ``SVI``: wrap the optimizer in
+    :func:`adapt_imle`. Under the host's own objectives ``SVI`` warns of discrete latents, as it
+    does not know of the gradient.
+
+    Args:
+        fn: A guide, or a model. Left out, a decorator and context manager is returned.
+        config: Estimators by site name, one estimator for all latent discrete sites, or a function
+            from site names to estimators or ``None``: ``IMLE``, ``AdaptiveIMLE``,
+            ``StraightThrough``, ``GumbelSoftmaxST``, ``ReinMax`` or ``SIMPLE``.
+
+    Returns:
+        ``fn`` with these gradients.
+
+    Raises:
+        TypeError: If ``config`` is nothing of that.
+        ValueError: When run, if a named site does not exist, is observed, enumerated, not
+            discrete, or draws integers; or if an estimator's noise does not draw from the site's
+            distribution.
+
+    Bias and variance:
+        Biased by design, as the estimator is: for objectives whose log-densities are linear or
+        quadratic in the states ``IMLE`` is unbiased in the limit of a small step and ``ReinMax``
+        unbiased.
+
+    Cost:
+        That of the estimator.
+
+    Example:
+        >>> import jax, numpyro
+        >>> import numpyro.distributions as dist
+        >>> from numpyro_gradest import IMLE
+        >>> def value(theta):
+        ...     def guide():
+        ...         return numpyro.sample("z", dist.Bernoulli(logits=theta))
+        ...     return numpyro.handlers.seed(imle(guide, {"z": IMLE(step_size=9.0)}), 0)()
+        >>> jax.grad(value)(0.5)
+        Array(0.05555556, dtype=float32)
+
+    References:
+        Niepert, Minervini and Franceschi, `Implicit MLE: Backpropagating Through Discrete
+        Exponential Family Distributions <https://arxiv.org/abs/2106.01798>`_, 2021.
+    """
+    return DiscreteSites(fn, config)
+
+
+def adapt_imle(optimizer: Any, config: Any) -> Any:
+    """Let an optax optimizer update the state of ``AdaptiveIMLE`` sites by their own rule.
+
+    The state is a parameter, so that it is saved and restored with the state of ``SVI`` and works
+    under ``jit``, ``scan`` and any number of particles; what arrives as its gradient are the
+    counts of non-zero entries. All other parameters go to ``optimizer``.
+
+    Args:
+        optimizer: An optax optimizer for the other parameters.
+        config: What :func:`imle` was given.
+
+    Returns:
+        An optax optimizer.
+
+    Raises:
+        TypeError: If ``optimizer`` is not from optax.
+
+    Bias and variance:
+        Unbiased: the other parameters are updated as by ``optimizer``.
+
+    Cost:
+        O(1) per site.
+
+    Example:
+        >>> import optax
+        >>> from numpyro_gradest import AdaptiveIMLE
+        >>> optimizer = adapt_imle(optax.adam(1e-3), {"z": AdaptiveIMLE()})
+
+    References:
+        Minervini, Franceschi and Niepert, `Adaptive Perturbation-Based Gradient Estimation for
+        Discrete Latent Variable Models <https://arxiv.org/abs/2209.04862>`_, 2023.
+    """
+    if not all(hasattr(optimizer, name) for name in ("init", "update", "_replace")):
+        raise TypeError(
+            f"adapt_imle needs an optax optimizer, such as optax.adam(1e-3), got {optimizer!r}. "
+            "Those of numpyro.optim have one of the same name in optax."
+        )
+    choose = as_choice(config)
+
+    def estimator_of(parameter: str) -> AdaptiveIMLE | None:
+        site = parameter.removesuffix(state_name(""))
+        estimator = choose(site) if site != parameter else None
+        return estimator if isinstance(estimator, AdaptiveIMLE) else None
+
+    def others(tree: dict[str, Any]) -> dict[str, Any]:
+        return {name: leaf for name, leaf in tree.items() if estimator_of(name) is None}
+
+    def init(params: dict[str, Any]) -> Any:
+        return optimizer.init(others(params))
+
+    def update(
+        gradients: dict[str, Any], state: Any, params: dict[str, Any], **extra: Any
+    ) -> tuple[dict[str, Array], Any]:
+        updates, state = optimizer.update(others(gradients), state, others(params), **extra)
+        updates = dict(updates)
+        for name, gradient in gradients.items():
+            if (estimator := estimator_of(name)) is not None:
+                updates[name] = update_state(estimator, params[name], gradient) - params[name]
+        return updates, state
+
+    return optimizer._replace(init=init, update=update)

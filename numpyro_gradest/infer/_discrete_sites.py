@@ -1,0 +1,288 @@
+"""Discrete sites that carry a gradient: what a handler puts in the place of their distribution.
+
+Two conditions make the reparameterised ELBO right at such a site, and what does not meet them is
+refused. Its draws follow its distribution exactly, for else the term of log q that depends on the
+parameters directly would not have mean zero; and log-probabilities are linear in the value, which
+is their only extension off the states that has the right gradient in the mean.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jaxtyping import Array
+from numpyro import distributions as dist
+from numpyro.distributions import kl_divergence
+from numpyro.primitives import Messenger
+
+from numpyro_gradest.distributions import OneHotCategorical, PerturbAndMAP
+from numpyro_gradest.estimators import (
+    IMLE,
+    SIMPLE,
+    AdaptiveIMLE,
+    AdaptiveState,
+    GumbelNoise,
+    GumbelSoftmaxST,
+    LogisticNoise,
+    ReinMax,
+    Solver,
+    StraightThrough,
+    one_hot_argmax,
+    threshold,
+)
+from numpyro_gradest.infer._sites import Site
+
+Estimator = IMLE | AdaptiveIMLE | StraightThrough | GumbelSoftmaxST | ReinMax | SIMPLE
+ESTIMATORS = (IMLE, AdaptiveIMLE, StraightThrough, GumbelSoftmaxST, ReinMax, SIMPLE)
+_INTEGERS = (
+    dist.CategoricalLogits,
+    dist.CategoricalProbs,
+    dist.MultinomialLogits,
+    dist.MultinomialProbs,
+)
+Draw = Callable[[Array, Array], Array]
+
+
+class _CarriesGradient:
+    """Draws by an estimator, from the logits."""
+
+    has_rsample = True
+    draw: Draw
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Array:
+        logits = jnp.asarray(self.logits)  # type: ignore[attr-defined]
+        return self.draw(key, jnp.broadcast_to(logits, sample_shape + logits.shape))
+
+
+class _Bernoulli(_CarriesGradient, dist.BernoulliLogits):
+    def log_prob(self, value: Array) -> Array:
+        # The host's derivative in logits is wrong where they are zero.
+        return value * self.logits - jax.nn.softplus(self.logits)
+
+
+class _OneHotCategorical(_CarriesGradient, OneHotCategorical):
+    pass
+
+
+class _PerturbAndMAP(_CarriesGradient, PerturbAndMAP):
+    has_rsample: bool = True  # type: ignore[assignment]
+
+    @property
+    def logits(self) -> Array:
+        return self.theta
+
+
+@kl_divergence.register(_Bernoulli, (dist.BernoulliLogits, dist.BernoulliProbs))
+def _kl_of_bits(p: Any, q: Any) -> Array:
+    log_odds = p.logits - q.logits
+    return p.probs * log_odds - jax.nn.softplus(p.logits) + jax.nn.softplus(q.logits)
+
+
+class DiscreteSites(Messenger):
+    """Gives chosen discrete sites of a program a gradient.
+
+    ``config`` is an estimator by name of the site, a function from names to estimators (or
+    ``None``), or one estimator for every latent discrete site.
+    """
+
+    def __init__(self, fn: Callable | None, config: Any) -> None:
+        super().__init__(fn)
+        self._is_for_all = isinstance(config, ESTIMATORS)
+        self._choose = as_choice(config)
+        self._named = set(config) if isinstance(config, Mapping) else set()
+        self._met: list[str] = []
+
+    def __enter__(self) -> None:
+        self._met = []
+        super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        if exception[0] is None and (missing := sorted(self._named - set(self._met))):
+            raise ValueError(
+                f"imle was given an estimator for the sites {missing}, but the program has only "
+                f"{self._met}. Correct the names, or leave them out."
+            )
+
+    def process_message(self, msg: Site) -> None:
+        if msg["type"] != "sample":
+            return
+        name = msg["name"]
+        self._met.append(name)
+        estimator = self._choose(name)
+        if estimator is None or (self._is_for_all and not _may_be_chosen(msg)):
+            return
+        _check_site(name, msg)
+        msg["fn"] = _with_gradient(msg["fn"], name, estimator, _draw_of)
+
+
+def _draw_of(name: str, estimator: Estimator, solver: Solver) -> Draw:
+    if not isinstance(estimator, AdaptiveIMLE):
+        return lambda key, theta: estimator.sample(key, theta, solver)
+
+    def draw(key: Array, theta: Array) -> Array:
+        first = jnp.stack([*estimator.init(theta), *jnp.zeros((2,), theta.dtype)])
+        state = numpyro.param(state_name(name), first)
+        # Added to what the gradient is made of, so that compilation can't leave the check out.
+        held = jax.lax.stop_gradient(state[:3]) + _check_optimizer(state[3:])
+        return estimator.sample(key, theta, solver, state=AdaptiveState(*held), counts=state[3:])
+
+    return draw
+
+
+def update_state(estimator: AdaptiveIMLE, state: Array, gradient: Array) -> Array:
+    """The parameter that holds the state after a step with this gradient."""
+    new = estimator.update(AdaptiveState(*state[:3]), gradient[3:])
+    return jnp.concatenate([jnp.stack(new), jnp.zeros_like(state[3:])])
+
+
+def _check_optimizer(counts: Array) -> Array:
+    """Zero; an error where the place of the counts is no longer zero."""
+    counts = jax.lax.stop_gradient(counts)
+    shape = jax.ShapeDtypeStruct((), counts.dtype)
+    refuse = partial(jax.pure_callback, _refuse_other_optimizer, vmap_method="sequential")
+    # The host is called only where something is wrong.
+    return jax.lax.cond(
+        jnp.any(counts != 0), lambda: refuse(shape, counts), lambda: jnp.zeros((), counts.dtype)
+    )
+
+
+def _refuse_other_optimizer(counts: Any) -> np.ndarray:
+    if np.any(np.asarray(counts) != 0):
+        raise ValueError(
+            "The optimizer moved the state of AdaptiveIMLE as if it were a parameter. Pass SVI "
+            "adapt_imle(optimizer, config) with an optax optimizer and the config of imle."
+        )
+    return np.zeros((), counts.dtype)
+
+
+def as_choice(config: Any) -> Callable[[str], Estimator | None]:
+    """The function from site names to estimators that ``config`` stands for."""
+    if isinstance(config, ESTIMATORS):
+        return lambda name: config
+    if isinstance(config, Mapping):
+        for name, estimator in config.items():
+            if not isinstance(estimator, ESTIMATORS):
+                raise TypeError(
+                    f"imle needs an estimator for site {name!r}, such as IMLE() or AdaptiveIMLE(), "
+                    f"got {estimator!r}."
+                )
+        return config.get
+    if callable(config):
+        return config
+    raise TypeError(
+        "imle needs estimators by site name, such as {'z': IMLE()}, one estimator for all discrete "
+        f"sites, or a function from names to estimators, got {config!r}."
+    )
+
+
+def _may_be_chosen(msg: Site) -> bool:
+    """Whether a site is meant by an estimator that is given for all."""
+    fn = _base(msg["fn"])
+    is_discrete = isinstance(fn, (*_INTEGERS, PerturbAndMAP)) or _kind(fn)
+    return bool(is_discrete) and not msg["is_observed"]
+
+
+def _check_site(name: str, msg: Site) -> None:
+    if msg["is_observed"]:
+        raise ValueError(
+            f"imle was given an estimator for site {name!r}, which is observed and draws nothing. "
+            "Name latent sites only."
+        )
+    if msg["infer"].get("enumerate"):
+        raise ValueError(
+            f"Site {name!r} is both enumerated and under imle. Remove its "
+            'infer={"enumerate": ...}, or leave it out of imle.'
+        )
+
+
+def _with_gradient(
+    fn: Any, name: str, estimator: Estimator, draw_of: Callable, event_dim: int = 0
+) -> Any:
+    """A distribution like ``fn`` whose draws carry the estimator's gradient."""
+    if isinstance(fn, dist.Independent):
+        dims = fn.reinterpreted_batch_ndims
+        base = _with_gradient(fn.base_dist, name, estimator, draw_of, event_dim + dims)
+        return base.to_event(dims)
+    if isinstance(fn, dist.MaskedDistribution):
+        return _with_gradient(fn.base_dist, name, estimator, draw_of, event_dim).mask(fn._mask)
+    if isinstance(fn, dist.ExpandedDistribution):
+        base = _with_gradient(fn.base_dist, name, estimator, draw_of, event_dim)
+        return base.expand(fn.batch_shape)
+    if isinstance(fn, PerturbAndMAP):
+        return _perturb_and_map(fn, name, estimator, draw_of, event_dim)
+    kind = _kind(fn)
+    if kind is None:
+        raise ValueError(_unsupported(name, fn))
+    check_exact(name, estimator, LogisticNoise if kind is _Bernoulli else GumbelNoise)
+    solver = threshold() if kind is _Bernoulli else one_hot_argmax()
+    new = kind(logits=fn.logits)
+    new.draw = draw_of(name, estimator, solver._replace(event_dim=solver.event_dim + event_dim))
+    return new
+
+
+def _perturb_and_map(
+    fn: Any, name: str, estimator: Estimator, draw_of: Callable, event_dim: int
+) -> Any:
+    if not isinstance(estimator, (IMLE, AdaptiveIMLE, StraightThrough)) or (
+        estimator.noise is not None or estimator.temperature != 1.0
+    ):
+        raise ValueError(
+            f"Site {name!r} draws by PerturbAndMAP with noise and a temperature of its own, which "
+            f"IMLE, AdaptiveIMLE and StraightThrough take over, got {estimator}. Leave noise and "
+            "temperature out there."
+        )
+    estimator = replace(estimator, noise=fn.noise, temperature=fn.temperature)
+    new = _PerturbAndMAP(fn.theta, fn.solver, fn.noise, temperature=fn.temperature)
+    solver = fn.solver._replace(event_dim=fn.solver.event_dim + event_dim)
+    new.draw = draw_of(name, estimator, solver)
+    return new
+
+
+def _kind(fn: Any) -> type | None:
+    if isinstance(fn, (dist.BernoulliLogits, dist.BernoulliProbs)):
+        return _Bernoulli
+    return _OneHotCategorical if isinstance(fn, OneHotCategorical) else None
+
+
+def _base(fn: Any) -> Any:
+    while isinstance(fn, (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def _unsupported(name: str, fn: Any) -> str:
+    if isinstance(fn, _INTEGERS):
+        return (
+            f"Site {name!r} draws integers, through which no gradient passes. Sample "
+            "gradest's OneHotCategorical in model and guide instead, and use the value as weights "
+            "(value @ table instead of table[value])."
+        )
+    return (
+        f"imle is for Bernoulli, OneHotCategorical and PerturbAndMAP sites, but {name!r} has the "
+        f"distribution {type(fn).__name__}. Leave it out: a continuous site is reparameterised by "
+        "the host."
+    )
+
+
+def check_exact(name: str, estimator: Estimator, noise: type) -> None:
+    """Refuse noise under which draws do not follow the distribution of the site."""
+    own_noise = getattr(estimator, "noise", None)
+    if getattr(estimator, "temperature", 1.0) != 1.0 or not isinstance(
+        own_noise, (noise, type(None))
+    ):
+        raise ValueError(
+            f"At site {name!r} {estimator} does not draw from the site's distribution, which takes "
+            f"{noise.__name__} at temperature 1, so that log q would have the wrong entropy. Leave "
+            "noise and temperature out."
+        )
+
+
+def state_name(site: str) -> str:
+    """Name under which the state of adaptive IMLE at a site is kept."""
+    return f"{site}_imle"

@@ -1,0 +1,269 @@
+"""Draws of discrete states that carry the gradient of something differentiable."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_gradest.estimators.discrete._validation import as_theta, check_count, check_positive
+from pyro_gradest.estimators.discrete.noise import Noise
+from pyro_gradest.estimators.discrete.perturb_and_map import prepare
+from pyro_gradest.estimators.discrete.solvers import Solver, as_solver, one_hot_argmax, threshold
+
+AnySolver = Solver | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StraightThrough:
+    """Perturb-and-MAP draws with the gradient of their mean.
+
+    The mean is that of p(z) proportional to exp <z, theta / temperature>, such as softmax for
+    ``one_hot_argmax()``, where the solver knows it; else the gradient passes to theta unchanged.
+
+    Args:
+        noise: Law of the perturbation; ``None`` is the solver's own.
+        temperature: Factor of the noise.
+
+    Raises:
+        ValueError: If ``temperature`` is not positive.
+
+    Bias and variance:
+        Biased by design; unbiased if the objective is linear in the state and the mean is that of
+        the draws, as for ``one_hot_argmax()`` and ``threshold()``.
+
+    Cost:
+        One call of the solver.
+
+    Example:
+        >>> import torch
+        >>> theta = torch.zeros(2, requires_grad=True)
+        >>> z = StraightThrough().sample(theta, one_hot_argmax())
+        >>> torch.autograd.grad(z[0], theta)
+        (tensor([ 0.2500, -0.2500]),)
+
+    References:
+        Bengio, Leonard and Courville, `Estimating or Propagating Gradients Through Stochastic
+        Neurons <https://arxiv.org/abs/1308.3432>`_, 2013.
+    """
+
+    noise: Noise | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(self.temperature, "temperature", caller="StraightThrough")
+
+    def sample(
+        self,
+        theta: Float[Tensor, " *batch_event"],
+        solver: AnySolver,
+        *,
+        num_samples: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, " *samples_batch_event"]:
+        """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
+        theta, perturbation, solver = prepare(
+            theta,
+            solver,
+            self.noise,
+            self.temperature,
+            num_samples,
+            generator,
+            caller="StraightThrough",
+        )
+        mean = solver.marginals(theta / self.temperature) if solver.marginals else theta
+        return with_gradient_of(solver(theta + perturbation), mean)
+
+
+@dataclass(frozen=True)
+class GumbelSoftmaxST:
+    """Perturb-and-MAP draws with the gradient of a relaxation under the same noise.
+
+    Args:
+        relaxation: Temperature of the relaxation, softmax((theta + noise) / relaxation) for a
+            one-hot state; lower is less biased and noisier.
+        noise: Law of the perturbation; ``None`` is the solver's own.
+
+    Raises:
+        ValueError: If ``relaxation`` is not positive; when drawing, if the solver knows no
+            marginals to relax with.
+
+    Bias and variance:
+        Biased by design.
+
+    Cost:
+        One call of the solver and of its marginals.
+
+    Example:
+        >>> import torch
+        >>> theta = torch.zeros(2, requires_grad=True)
+        >>> GumbelSoftmaxST().sample(theta, one_hot_argmax()).sum()
+        tensor(1., ...)
+
+    References:
+        Jang, Gu and Poole, `Categorical Reparameterization with Gumbel-Softmax
+        <https://arxiv.org/abs/1611.01144>`_, 2017, section 2.2.
+    """
+
+    relaxation: float = 1.0
+    noise: Noise | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(self.relaxation, "relaxation", caller="GumbelSoftmaxST")
+
+    def sample(
+        self,
+        theta: Float[Tensor, " *batch_event"],
+        solver: AnySolver,
+        *,
+        num_samples: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, " *samples_batch_event"]:
+        """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
+        theta, perturbation, solver = prepare(
+            theta, solver, self.noise, 1.0, num_samples, generator, caller="GumbelSoftmaxST"
+        )
+        marginals = _known(solver.marginals, "GumbelSoftmaxST")
+        perturbed = theta + perturbation
+        return with_gradient_of(solver(perturbed), marginals(perturbed / self.relaxation))
+
+
+@dataclass(frozen=True)
+class ReinMax:
+    r"""Exact categorical or Bernoulli draws with a second-order gradient.
+
+    .. math:: \nabla_\theta L \approx \big[ 2 J(\tfrac{z + \pi}{2}) - \tfrac12 J(\pi) \big] dy
+
+    with :math:`\pi` = softmax(theta) and J(p) = diag(p) - p pᵀ.
+
+    Raises:
+        ValueError: When drawing, if the solver is neither ``one_hot_argmax()`` nor
+            ``threshold()``.
+
+    Bias and variance:
+        Biased by design; unbiased if the objective is linear or quadratic in the state.
+
+    Cost:
+        One call of the solver.
+
+    Example:
+        >>> import torch
+        >>> theta = torch.zeros(2, requires_grad=True)
+        >>> z = ReinMax().sample(theta, one_hot_argmax())
+        >>> torch.autograd.grad(z[0], theta)
+        (tensor([ 0.2500, -0.2500]),)
+
+    References:
+        Liu, Dong, Liu, Yu and Gao, `Bridging Discrete and Backpropagation: Straight-Through and
+        Beyond <https://arxiv.org/abs/2304.08612>`_, 2023, algorithm 2.
+    """
+
+    def sample(
+        self,
+        theta: Float[Tensor, " *batch_event"],
+        solver: AnySolver,
+        *,
+        num_samples: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, " *samples_batch_event"]:
+        """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
+        solver = as_solver(solver, caller="ReinMax")
+        if solver.solve not in (one_hot_argmax().solve, threshold().solve):
+            raise ValueError(
+                "ReinMax is for categorical and Bernoulli states alone: it needs the solver "
+                "one_hot_argmax() or threshold(). IMLE takes any solver."
+            )
+        theta, perturbation, solver = prepare(
+            theta, solver, None, 1.0, num_samples, generator, caller="ReinMax"
+        )
+        states = solver(theta + perturbation)
+        means = _known(solver.marginals, "ReinMax")(theta.detach())
+
+        def with_covariance(means: Tensor) -> Tensor:
+            """Linear in theta, with the covariance of a draw of those means as its derivative."""
+            if solver.solve == threshold().solve:
+                return means * (1 - means) * theta
+            return means * (theta - (means * theta).sum(dim=-1, keepdim=True))
+
+        between = with_covariance((states + means) / 2)
+        return with_gradient_of(states, 2 * between - with_covariance(means) / 2)
+
+
+@dataclass(frozen=True)
+class SIMPLE:
+    r"""Exact draws from :math:`p(z) \propto e^{\langle z, \theta \rangle}` with the gradient of
+    their mean.
+
+    Raises:
+        ValueError: When drawing, if the solver knows neither the mean nor how to draw: those of
+            ``top_k``, ``one_hot_argmax`` and ``threshold`` do.
+
+    Bias and variance:
+        Biased by design; unbiased if the objective is linear in the state.
+
+    Cost:
+        O(n k) time and memory per datum for k of n items, in O(log n) steps.
+
+    Example:
+        >>> import torch
+        >>> from pyro_gradest.estimators import top_k
+        >>> theta = torch.zeros(3, requires_grad=True)
+        >>> z = SIMPLE().sample(theta, top_k(2))
+        >>> torch.autograd.grad(z[0], theta)  # the covariance of the first item with each
+        (tensor([ 0.2222, -0.1111, -0.1111]),)
+
+    References:
+        Ahmed, Zeng, Niepert and Van den Broeck, `SIMPLE: A Gradient Estimator for k-Subset
+        Sampling <https://arxiv.org/abs/2210.01941>`_, 2023, section 3.
+    """
+
+    def sample(
+        self,
+        theta: Float[Tensor, " *batch_event"],
+        solver: AnySolver,
+        *,
+        num_samples: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, " *samples_batch_event"]:
+        """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
+        solver = as_solver(solver, caller="SIMPLE")
+        theta = as_theta(theta, solver.event_dim, caller="SIMPLE")
+        if num_samples is not None:
+            check_count(num_samples, "num_samples", caller="SIMPLE")
+            theta = theta.expand(num_samples, *theta.shape)
+        draw, marginals = (_known(item, "SIMPLE") for item in (solver.draw, solver.marginals))
+        return with_gradient_of(draw(theta.detach(), generator), marginals(theta))
+
+
+def with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
+    """Exactly ``value``, with the derivative of ``other``."""
+    # Not value + other - other.detach(), which rounds: a state must stay a state.
+    return _GradientOf.apply(value, other)
+
+
+class _GradientOf(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, other: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+def _known(item: Any, caller: str) -> Any:
+    if item is None:
+        raise ValueError(
+            f"{caller} needs to know the mean of the states, which this solver does not: it is "
+            "for top_k, one_hot_argmax and threshold, or a Solver(..., marginals=, draw=). IMLE "
+            "takes any solver."
+        )
+    return item

@@ -1,0 +1,63 @@
+"""Gradients through discrete sites, for any loss that differentiates through values."""
+
+from collections.abc import Callable
+from typing import Any
+
+from pyro_gradest.infer._discrete_sites import DiscreteSites
+
+
+def imle(fn: Callable | None = None, config: Any = None) -> Any:
+    """Let discrete sites of a program carry the gradient of an estimator such as ``IMLE``.
+
+    The sites keep their distribution and their exact log-probability: draws are exactly discrete,
+    and any objective that differentiates through reparameterised values trains them, as
+    ``Trace_ELBO``, ``TraceMeanField_ELBO`` (with its analytic KL) and ``IWAE`` do. With
+    ``reparam="score"`` and in objectives that enumerate, the estimator is not used.
+
+    ``Bernoulli``, ``OneHotCategorical`` and ``PerturbAndMAP`` sites can carry a gradient, also
+    under ``to_event``, ``mask`` and in plates. For several draws use the objective's
+    ``num_particles``. The mean over particles, scales and subsampled plates multiply the gradient
+    that arrives at a site, and with it the step of ``IMLE``, but not that of ``AdaptiveIMLE``,
+    whose state is kept in the parameter store as ``"<site>_imle"`` and updated in each backward
+    pass.
+
+    Args:
+        fn: A guide, or a model: one that samples the host's ``OneHotCategorical`` needs to be
+            wrapped, too. Left out, a decorator and context manager is returned.
+        config: Estimators by site name, one estimator for all latent discrete sites, or a function
+            from site names to estimators or ``None``: ``IMLE``, ``AdaptiveIMLE``,
+            ``StraightThrough``, ``GumbelSoftmaxST``, ``ReinMax`` or ``SIMPLE``.
+
+    Returns:
+        ``fn`` with these gradients.
+
+    Raises:
+        TypeError: If ``config`` is nothing of that.
+        ValueError: When run, if a named site does not exist, is observed, enumerated, not
+            discrete, or draws integers; or if an estimator's noise does not draw from the site's
+            distribution.
+
+    Bias and variance:
+        Biased by design, as the estimator is: for objectives whose log-densities are linear or
+        quadratic in the states ``IMLE`` is unbiased in the limit of a small step and ``ReinMax``
+        unbiased.
+
+    Cost:
+        That of the estimator.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_gradest import AdaptiveIMLE
+        >>> def guide():
+        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("theta", torch.tensor(0.5))))
+        >>> trace = pyro.poutine.trace(imle(guide, {"z": AdaptiveIMLE()})).get_trace()
+        >>> trace.nodes["z"]["value"].requires_grad
+        True
+
+    References:
+        Niepert, Minervini and Franceschi, `Implicit MLE: Backpropagating Through Discrete
+        Exponential Family Distributions <https://arxiv.org/abs/2106.01798>`_, 2021.
+    """
+    messenger = DiscreteSites(config)
+    return messenger if fn is None else messenger(fn)

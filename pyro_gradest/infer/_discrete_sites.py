@@ -1,0 +1,300 @@
+"""Discrete sites that carry a gradient: what a handler puts in the place of their distribution.
+
+Two conditions make the reparameterised ELBO right at such a site, and what does not meet them is
+refused. Its draws follow its distribution exactly, for else the term of log q that depends on the
+parameters directly would not have mean zero; and log-probabilities are linear in the value, which
+is their only extension off the states that has the right gradient in the mean.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pyro import distributions as dist
+from pyro import get_param_store
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_gradest.distributions import PerturbAndMAP
+from pyro_gradest.distributions.one_hot_categorical import LINEAR_LOG_PROBS, OneHotCategorical
+from pyro_gradest.estimators import (
+    IMLE,
+    SIMPLE,
+    AdaptiveIMLE,
+    AdaptiveState,
+    GumbelNoise,
+    GumbelSoftmaxST,
+    LogisticNoise,
+    ReinMax,
+    Solver,
+    StraightThrough,
+    one_hot_argmax,
+    threshold,
+)
+from pyro_gradest.infer._sites import Site, is_subsample
+
+Estimator = IMLE | AdaptiveIMLE | StraightThrough | GumbelSoftmaxST | ReinMax | SIMPLE
+ESTIMATORS = (IMLE, AdaptiveIMLE, StraightThrough, GumbelSoftmaxST, ReinMax, SIMPLE)
+Draw = Callable[[Tensor], Tensor]
+_NO_SHAPE = torch.Size()
+
+
+class _CarriesGradient:
+    """Draws by an estimator, from the logits."""
+
+    has_rsample = True
+    draw: Draw
+
+    def rsample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))  # type: ignore[attr-defined]
+        return self.draw(self.logits.expand(shape))  # type: ignore[attr-defined]
+
+    def sample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        new = super().expand(batch_shape, _instance)  # type: ignore[misc]
+        new.draw = self.draw
+        return new
+
+
+class _Bernoulli(_CarriesGradient, dist.Bernoulli):
+    pass
+
+
+class _OneHotCategorical(_CarriesGradient, OneHotCategorical):
+    pass
+
+
+class _PerturbAndMAP(_CarriesGradient, PerturbAndMAP):
+    @property
+    def logits(self) -> Tensor:
+        return self.theta
+
+
+class DiscreteSites(Messenger):
+    """Gives chosen discrete sites of a program a gradient.
+
+    ``config`` is an estimator by name of the site, a function from names to estimators (or
+    ``None``), or one estimator for every latent discrete site.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self._is_for_all = isinstance(config, ESTIMATORS)
+        self._choose = as_choice(config)
+        self._named = set(config) if isinstance(config, Mapping) else set()
+        self._met: list[str] = []
+        self._counts: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Any:
+        self._met = []
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> Any:
+        result = super().__exit__(*exception)
+        if exception[0] is None and (missing := sorted(self._named - set(self._met))):
+            raise ValueError(
+                f"imle was given an estimator for the sites {missing}, but the program has only "
+                f"{self._met}. Correct the names, or leave them out."
+            )
+        return result
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if is_subsample(msg):
+            return
+        name = msg["name"]
+        self._met.append(name)
+        estimator = self._choose(name)
+        if estimator is None or (self._is_for_all and not _may_be_chosen(msg)):
+            return
+        _check_site(name, msg)
+        msg["fn"] = _with_gradient(msg["fn"], name, estimator, self._draw_of)
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        fn = msg["fn"]
+        while isinstance(fn, (dist.Independent, dist.MaskedDistribution)):
+            fn = fn.base_dist
+        is_auxiliary_site = bool(msg["infer"].get("is_auxiliary"))
+        if isinstance(fn, _OneHotCategorical) and not is_auxiliary_site:
+            if msg["value"].grad_fn is not None:
+                _refuse_lost_prior(msg["name"], msg["value"])
+
+    def _draw_of(self, name: str, estimator: Estimator, solver: Solver) -> Draw:
+        if not isinstance(estimator, AdaptiveIMLE):
+            return lambda theta: estimator.sample(theta, solver)
+
+        def draw(theta: Tensor) -> Tensor:
+            state = _adaptive_state(name, estimator, theta)
+            counts = self._counts.get(name)
+            if counts is None:
+                counts = self._counts[name] = torch.zeros_like(state[:2], requires_grad=True)
+                # Once in a backward pass, after the counts of all its draws have been summed.
+                counts.register_post_accumulate_grad_hook(
+                    lambda counts: _update_state(name, estimator, counts)
+                )
+            return estimator.sample(theta, solver, state=AdaptiveState(*state), counts=counts)
+
+        return draw
+
+
+def as_choice(config: Any) -> Callable[[str], Estimator | None]:
+    """The function from site names to estimators that ``config`` stands for."""
+    if isinstance(config, ESTIMATORS):
+        return lambda name: config
+    if isinstance(config, Mapping):
+        for name, estimator in config.items():
+            if not isinstance(estimator, ESTIMATORS):
+                raise TypeError(
+                    f"imle needs an estimator for site {name!r}, such as IMLE() or AdaptiveIMLE(), "
+                    f"got {estimator!r}."
+                )
+        return config.get
+    if callable(config):
+        return config
+    raise TypeError(
+        "imle needs estimators by site name, such as {'z': IMLE()}, one estimator for all discrete "
+        f"sites, or a function from names to estimators, got {config!r}."
+    )
+
+
+def _may_be_chosen(msg: Site) -> bool:
+    """Whether a site is meant by an estimator that is given for all."""
+    fn = _base(msg["fn"])
+    is_discrete = isinstance(fn, (torch.distributions.Categorical, PerturbAndMAP)) or _kind(fn)
+    return bool(is_discrete) and not msg["is_observed"]
+
+
+def _check_site(name: str, msg: Site) -> None:
+    if msg["is_observed"]:
+        raise ValueError(
+            f"imle was given an estimator for site {name!r}, which is observed and draws nothing. "
+            "Name latent sites only."
+        )
+    if msg["infer"].get("enumerate"):
+        raise ValueError(
+            f"Site {name!r} is both enumerated and under imle. Remove its "
+            'infer={"enumerate": ...}, or leave it out of imle.'
+        )
+
+
+def _with_gradient(
+    fn: Any, name: str, estimator: Estimator, draw_of: Callable, event_dim: int = 0
+) -> Any:
+    """A distribution like ``fn`` whose draws carry the estimator's gradient."""
+    if isinstance(fn, dist.Independent):
+        dims = fn.reinterpreted_batch_ndims
+        base = _with_gradient(fn.base_dist, name, estimator, draw_of, event_dim + dims)
+        return base.to_event(dims)
+    if isinstance(fn, dist.MaskedDistribution):
+        return _with_gradient(fn.base_dist, name, estimator, draw_of, event_dim).mask(fn._mask)
+    if isinstance(fn, dist.ExpandedDistribution):
+        base = _with_gradient(fn.base_dist, name, estimator, draw_of, event_dim)
+        return base.expand(fn.batch_shape)
+    if isinstance(fn, PerturbAndMAP):
+        return _perturb_and_map(fn, name, estimator, draw_of, event_dim)
+    kind = _kind(fn)
+    if kind is None:
+        raise ValueError(_unsupported(name, fn))
+    check_exact(name, estimator, LogisticNoise if kind is _Bernoulli else GumbelNoise)
+    solver = threshold() if kind is _Bernoulli else one_hot_argmax()
+    new = kind(logits=fn.logits)
+    new.draw = draw_of(name, estimator, solver._replace(event_dim=solver.event_dim + event_dim))
+    return new
+
+
+def _perturb_and_map(
+    fn: Any, name: str, estimator: Estimator, draw_of: Callable, event_dim: int
+) -> Any:
+    if not isinstance(estimator, (IMLE, AdaptiveIMLE, StraightThrough)) or (
+        estimator.noise is not None or estimator.temperature != 1.0
+    ):
+        raise ValueError(
+            f"Site {name!r} draws by PerturbAndMAP with noise and a temperature of its own, which "
+            f"IMLE, AdaptiveIMLE and StraightThrough take over, got {estimator}. Leave noise and "
+            "temperature out there."
+        )
+    estimator = replace(estimator, noise=fn.noise, temperature=fn.temperature)
+    new = _PerturbAndMAP(fn.theta, fn.solver, fn.noise, temperature=fn.temperature)
+    solver = fn.solver._replace(event_dim=fn.solver.event_dim + event_dim)
+    new.draw = draw_of(name, estimator, solver)
+    return new
+
+
+def _kind(fn: Any) -> type | None:
+    if isinstance(fn, torch.distributions.Bernoulli):
+        return _Bernoulli
+    return _OneHotCategorical if isinstance(fn, torch.distributions.OneHotCategorical) else None
+
+
+def _base(fn: Any) -> Any:
+    while isinstance(fn, (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def _unsupported(name: str, fn: Any) -> str:
+    if isinstance(fn, torch.distributions.Categorical):
+        return (
+            f"Site {name!r} draws integers, through which no gradient passes. Sample "
+            "OneHotCategorical in model and guide instead, and use the value as weights "
+            "(value @ table instead of table[value])."
+        )
+    return (
+        f"imle is for Bernoulli, OneHotCategorical and PerturbAndMAP sites, but {name!r} has the "
+        f"distribution {type(fn).__name__}. Leave it out: a continuous site is reparameterised by "
+        "the host."
+    )
+
+
+def check_exact(name: str, estimator: Estimator, noise: type) -> None:
+    """Refuse noise under which draws do not follow the distribution of the site."""
+    own_noise = getattr(estimator, "noise", None)
+    if getattr(estimator, "temperature", 1.0) != 1.0 or not isinstance(
+        own_noise, (noise, type(None))
+    ):
+        raise ValueError(
+            f"At site {name!r} {estimator} does not draw from the site's distribution, which takes "
+            f"{noise.__name__} at temperature 1, so that log q would have the wrong entropy. Leave "
+            "noise and temperature out."
+        )
+
+
+def _adaptive_state(name: str, estimator: AdaptiveIMLE, theta: Tensor) -> Tensor:
+    """State in the parameter store, where it is saved with the parameters; no optimiser has it."""
+    store = get_param_store()
+    if (key := state_name(name)) not in store:
+        store[key] = torch.stack(estimator.init(theta))
+    # A copy: the update writes over the stored one.
+    return store[key].detach().clone()
+
+
+def _update_state(name: str, estimator: AdaptiveIMLE, counts: Tensor) -> None:
+    store = get_param_store()
+    if counts.grad is None or (key := state_name(name)) not in store:
+        return
+    state = store[key].data
+    state.copy_(torch.stack(estimator.update(AdaptiveState(*state), counts.grad)))
+    counts.grad = None
+
+
+def state_name(site: str) -> str:
+    """Name under which the state of adaptive IMLE at a site is kept."""
+    return f"{site}_imle"
+
+
+def _refuse_lost_prior(name: str, value: Tensor) -> None:
+    """Raise in the backward pass if log-probabilities linear in the value were not taken twice:
+    then the model has the host's class, and no gradient of the prior would arrive."""
+
+    def check(gradient: Tensor) -> None:
+        if getattr(value, LINEAR_LOG_PROBS, 2) < 2:
+            raise ValueError(
+                f"The prior of site {name!r} would count for nothing: the host's "
+                "OneHotCategorical.log_prob has no gradient in the value. Sample the site from "
+                "gradest's OneHotCategorical in the model too, or wrap the model in imle as well."
+            )
+
+    value.register_hook(check)

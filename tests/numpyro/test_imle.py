@@ -1,0 +1,384 @@
+"""``imle`` in NumPyro: gradients against exact enumeration, plates, saved state, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.distributions import kl_divergence
+from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+
+from numpyro_gradest import (
+    IMLE,
+    IWAE,
+    SIMPLE,
+    AdaptiveIMLE,
+    GumbelSoftmaxST,
+    OneHotCategorical,
+    PerturbAndMAP,
+    ReinMax,
+    StraightThrough,
+    adapt_imle,
+    imle,
+)
+from numpyro_gradest.estimators import GaussianNoise, GumbelNoise, LogisticNoise, Noise, top_k
+from tests.conformance.backends import QUICK_TO_COMPILE
+from tests.oracles import discrete as oracle
+
+# The host warns of discrete latents under its own objectives, which they have no gradient for.
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not support models with discrete")
+
+# A plate of many data that are all alike, whose noise fills its space evenly: the sum over data is
+# an expectation, and nothing is left to chance.
+NUMBER = 2**16
+QUANTILES = (np.arange(NUMBER) + 0.5) / NUMBER
+LOGISTIC = np.log(QUANTILES) - np.log1p(-QUANTILES)
+GUMBEL = oracle.gumbel_points(NUMBER, 3)
+THETA = {"bit": np.array(0.4), "one_hot": np.array([0.4, -0.3, 0.1])}
+LOSSES = {
+    "trace": Trace_ELBO(),
+    "trace-particles": Trace_ELBO(2),
+    "mean-field": TraceMeanField_ELBO(),
+    "iwae": IWAE(1),
+}
+KEY = jax.random.key(0)
+
+
+class EvenLogistic(LogisticNoise):
+    def sample_like(self, key, theta):
+        return jnp.broadcast_to(LOGISTIC, theta.shape)
+
+
+class EvenGumbel(GumbelNoise):
+    def sample_like(self, key, theta):
+        return jnp.broadcast_to(GUMBEL, theta.shape)
+
+
+def location(z, kind):
+    return 1.5 * z if kind == "bit" else z @ jnp.array([1.5, 0.0, -1.0])
+
+
+def model(kind, subsample_size=None):
+    size = NUMBER * (2 if subsample_size else 1)
+    with numpyro.plate("data", size, subsample_size=subsample_size):
+        prior = (
+            dist.Bernoulli(0.2) if kind == "bit" else OneHotCategorical(jnp.array([0.1, 0.6, 0.3]))
+        )
+        z = numpyro.sample("z", prior)
+        numpyro.sample("x", dist.Normal(location(z, kind), 1.0), obs=jnp.ones(NUMBER))
+
+
+def guide(kind, subsample_size=None):
+    theta = numpyro.param("theta", jnp.array(THETA[kind]))
+    size = NUMBER * (2 if subsample_size else 1)
+    with numpyro.plate("data", size, subsample_size=subsample_size):
+        site = dist.Bernoulli if kind == "bit" else OneHotCategorical
+        numpyro.sample("z", site(logits=theta))
+
+
+def log_likelihood(z, kind):
+    mean = 1.5 * z if kind == "bit" else z @ np.array([1.5, 0.0, -1.0])
+    return -0.5 * (1.0 - mean) ** 2
+
+
+def exact_gradient(kind):
+    """Derivative of the negative ELBO of one datum, by enumeration."""
+    theta = THETA[kind]
+    if kind == "bit":
+        scores, states, prior = np.array([0.0, theta]), [0.0, 1.0], [0.8, 0.2]
+    else:
+        scores, states, prior = theta, list(np.eye(3)), [0.1, 0.6, 0.3]
+    q = oracle.softmax(scores)
+    values = np.array([log_likelihood(z, kind) for z in states]) + np.log(prior) - np.log(q)
+    gradient = -oracle.covariance_of(q) @ values
+    return gradient[1] if kind == "bit" else gradient
+
+
+def relative_error(estimator, kind, loss, scale=1.0, **options):
+    wrapped = imle(guide, {"z": estimator})
+
+    @jax.jit
+    def gradient(theta):
+        return jax.grad(
+            lambda theta: loss.loss(KEY, {"theta": theta}, model, wrapped, kind, **options)
+        )(theta)
+
+    exact = exact_gradient(kind)
+    actual = gradient(jnp.array(THETA[kind])) / NUMBER / scale
+    return np.linalg.norm(actual - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("kind", THETA)
+def test_gradient_equals_enumeration(kind, loss):
+    noise = EvenLogistic() if kind == "bit" else EvenGumbel()
+    assert relative_error(IMLE(step_size=0.05, noise=noise), kind, loss) < 0.04
+    # A bias that the test would see: that of the first order.
+    assert relative_error(StraightThrough(noise=noise), kind, loss) > 0.1
+
+
+def test_subsampled_plate_multiplies_the_gradient():
+    estimator = IMLE(step_size=0.05, noise=EvenLogistic())
+    error = relative_error(estimator, "bit", Trace_ELBO(), scale=2.0, subsample_size=NUMBER)
+    assert error < 0.04
+
+
+@pytest.mark.parametrize(
+    "estimator", [IMLE(step_size=0.2), AdaptiveIMLE(), ReinMax(), GumbelSoftmaxST(), SIMPLE()]
+)
+def test_guide_finds_the_posterior(estimator):
+    """Bits in rows, under a mask and in a plate; values stay exactly bits."""
+    x = jnp.array([[0.0, 3.0], [3.0, 0.0]])
+
+    def model():
+        with numpyro.plate("data", 2):
+            z = numpyro.sample("z", dist.Bernoulli(jnp.full((2,), 0.5)).to_event(1).mask(True))
+            numpyro.deterministic("are_bits", jnp.all((z == 0) | (z == 1)))
+            numpyro.sample("x", dist.Normal(3 * z, 1.0).to_event(1), obs=x)
+
+    def guide():
+        logits = numpyro.param("logits", jnp.zeros((2, 2)))
+        with numpyro.plate("data", 2):
+            numpyro.sample("z", dist.Bernoulli(logits=logits).to_event(1).mask(True))
+
+    config = {"z": estimator}
+    wrapped = imle(guide, config)
+    svi = SVI(model, wrapped, adapt_imle(optax.adam(0.1), config), Trace_ELBO(3))
+    result = svi.run(KEY, 60, progress_bar=False)
+
+    assert ((result.params["logits"] > 0.5) == (x > 1)).all()
+    drawn = numpyro.infer.Predictive(wrapped, params=result.params, num_samples=4)(KEY)
+    assert drawn["z"].shape == (4, 2, 2)
+    traced = numpyro.handlers.trace(
+        numpyro.handlers.replay(
+            model,
+            numpyro.handlers.trace(
+                numpyro.handlers.seed(numpyro.handlers.substitute(wrapped, result.params), KEY)
+            ).get_trace(),
+        )
+    ).get_trace()
+    assert traced["are_bits"]["value"]
+
+
+def noisy_guide():
+    logits = numpyro.param("logits", jnp.zeros((2, 3)))
+    with numpyro.plate("data", 2):
+        numpyro.sample("z", OneHotCategorical(logits=logits))
+
+
+def noisy_model():
+    with numpyro.plate("data", 2):
+        z = numpyro.sample("z", OneHotCategorical(jnp.ones(3) / 3))
+        numpyro.sample("x", dist.Normal(z @ jnp.arange(3.0), 1.0), obs=1.3 * jnp.ones(2))
+
+
+CONFIG = {"z": AdaptiveIMLE()}
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), Trace_ELBO(3), IWAE(3, vectorize_particles=False)])
+def test_training_resumes_bit_for_bit(loss):
+    """From the state of SVI alone, through NumPy, under ``jit``."""
+    svi = SVI(noisy_model, imle(noisy_guide, CONFIG), adapt_imle(optax.adam(0.1), CONFIG), loss)
+    update = jax.jit(svi.update, compiler_options=QUICK_TO_COMPILE)
+    state = svi.init(KEY)
+    for _ in range(5):
+        state, _ = update(state)
+    before = svi.get_params(state)["z_imle"]
+    *rest, key = jax.tree.flatten(state._replace(rng_key=jax.random.key_data(state.rng_key)))
+    saved = [np.asarray(leaf) for leaf in rest[0]]
+    restored = jax.tree.unflatten(key, [jnp.asarray(leaf) for leaf in saved])
+    restored = restored._replace(rng_key=jax.random.wrap_key_data(restored.rng_key))
+    for _ in range(5):
+        state, loss_value = update(state)
+        restored, again = update(restored)
+        assert loss_value == again
+    params, others = svi.get_params(state), svi.get_params(restored)
+    assert params.keys() == {"logits", "z_imle"}
+    for name in params:
+        np.testing.assert_array_equal(params[name], others[name])
+    assert (params["z_imle"][:1] != before[:1]).all()
+    np.testing.assert_array_equal(params["z_imle"][3:], 0)
+
+
+def test_state_follows_the_rule_whatever_the_optimizer():
+    """Once a step, however many particles; in a scan as step by step."""
+    estimator = AdaptiveIMLE(rate=0.25, initial_step=4.0)
+    config = {"z": estimator}
+    optimizer = adapt_imle(optax.chain(optax.clip(1e-6), optax.sgd(0.0)), config)
+    svi = SVI(noisy_model, imle(noisy_guide, config), optimizer, Trace_ELBO(4))
+    first = svi.init(KEY)
+    np.testing.assert_allclose(svi.get_params(first)["z_imle"], [4.0, 1.0, 0.0, 0.0, 0.0])
+    update_state = jax.jit(svi.update, compiler_options=QUICK_TO_COMPILE)
+    state, _ = update_state(first)
+    step, _, update, *_ = svi.get_params(state)["z_imle"]
+    assert abs(np.log(step / 4.0)) == pytest.approx(0.25)
+    assert abs(update) == 0.25
+
+    for _ in range(3):
+        state, _ = update_state(state)
+    result = svi.run(KEY, 4, progress_bar=False, init_state=first)
+    np.testing.assert_allclose(result.params["z_imle"], svi.get_params(state)["z_imle"], rtol=1e-12)
+
+
+def test_an_optimizer_that_knows_nothing_of_the_state_is_refused():
+    svi = SVI(noisy_model, imle(noisy_guide, CONFIG), optax.adam(0.1), Trace_ELBO(4))
+    state = svi.init(KEY)
+    state, _ = jax.jit(svi.update, compiler_options=QUICK_TO_COMPILE)(state)
+    with pytest.raises(Exception, match=r"adapt_imle\(optimizer, config\)"):
+        svi.loss.loss(KEY, svi.get_params(state), noisy_model, svi.guide)
+    with pytest.raises(Exception, match=r"adapt_imle\(optimizer, config\)"):
+        svi.run(KEY, 3, progress_bar=False)
+    with pytest.raises(TypeError, match="optax optimizer"):
+        adapt_imle(numpyro.optim.Adam(0.1), CONFIG)
+
+
+def test_decorator_context_manager_and_function():
+    def derivative(fn):
+        def first(theta):
+            with numpyro.handlers.seed(rng_seed=0):
+                return fn(theta)
+
+        return jax.grad(first)(0.3)
+
+    @imle(config=lambda name: StraightThrough() if name == "z" else None)
+    def decorated(theta):
+        other = numpyro.sample("other", dist.Bernoulli(logits=theta))
+        return numpyro.sample("z", dist.Bernoulli(logits=theta)) + 0 * other
+
+    def within(theta):
+        with imle(config={"z": StraightThrough()}):
+            return numpyro.sample("z", dist.Bernoulli(logits=theta))
+
+    expected = jax.grad(jax.nn.sigmoid)(0.3)
+    np.testing.assert_allclose(derivative(decorated), expected)
+    np.testing.assert_allclose(derivative(within), expected)
+    with pytest.raises(ValueError, match=r"sites \['y'\].*only \['z'\]"):
+        with imle(config={"y": StraightThrough()}), numpyro.handlers.seed(rng_seed=0):
+            noisy_guide()
+
+
+class Own(Noise):
+    def sample_like(self, key, theta):
+        return jnp.zeros_like(theta)
+
+
+@pytest.mark.parametrize(
+    ("fn", "options", "estimator", "message"),
+    [
+        (lambda: dist.Categorical(jnp.ones(3) / 3), {}, IMLE(), "draws integers.*OneHotCateg"),
+        (lambda: dist.Multinomial(1, jnp.ones(3) / 3), {}, IMLE(), "draws integers.*OneHotCateg"),
+        (lambda: dist.Normal(0.0, 1.0), {}, IMLE(), "Normal. Leave it out"),
+        (lambda: dist.Bernoulli(0.5), {"obs": 1.0}, IMLE(), "'z', which is observed"),
+        (
+            lambda: dist.Bernoulli(0.5),
+            {"infer": {"enumerate": "parallel"}},
+            IMLE(),
+            "both enumerated and under imle",
+        ),
+        (lambda: dist.Bernoulli(0.5), {}, IMLE(noise=GaussianNoise()), "wrong entropy"),
+        (lambda: dist.Bernoulli(0.5), {}, AdaptiveIMLE(temperature=0.5), "wrong entropy"),
+        (lambda: OneHotCategorical(jnp.ones(3) / 3), {}, StraightThrough(Own()), "GumbelNoise"),
+    ],
+)
+def test_refusals(fn, options, estimator, message):
+    program = imle(lambda: numpyro.sample("z", fn(), **options), {"z": estimator})
+    with pytest.raises(ValueError, match=message):
+        numpyro.handlers.seed(program, 0)()
+
+
+def test_wrong_config():
+    with pytest.raises(TypeError, match="site 'z'"):
+        imle(noisy_guide, {"z": "imle"})
+    with pytest.raises(TypeError, match="by site name"):
+        imle(noisy_guide)
+
+
+def test_one_estimator_for_all_leaves_others_alone():
+    def program(theta):
+        numpyro.sample("x", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Bernoulli(0.5), obs=1.0)
+        return numpyro.sample("z", dist.Bernoulli(logits=theta))
+
+    wrapped = numpyro.handlers.seed(imle(program, StraightThrough()), 0)
+    assert jax.grad(wrapped)(0.0) == 0.25
+
+
+def test_log_probability_of_one_hot_values():
+    """Linear in the value, normalised, also expanded; impossible classes stay finite."""
+    logits = jnp.array([0.0, 1.0, -jnp.inf])
+    site, value = OneHotCategorical(logits=logits), jnp.array([0.0, 1.0, 0.0])
+    gradient = jax.grad(lambda value: site.expand([1]).log_prob(value).sum())(value)
+    np.testing.assert_allclose(site.log_prob(value), jax.nn.log_softmax(logits[:2])[1])
+    np.testing.assert_allclose(gradient[:2], jax.nn.log_softmax(logits[:2]))
+    assert gradient[2] == -1e30
+    assert OneHotCategorical(jnp.array([0.5, 0.0])).probs.sum() == 1
+    np.testing.assert_array_equal(site.sample(KEY, (5,)).sum(-1), 1)
+    with pytest.raises(ValueError, match="either probs or logits"):
+        OneHotCategorical()
+
+
+# Sites without a density
+
+
+def divergence(q, p, **options):
+    laws = (PerturbAndMAP(jnp.array(theta), top_k(2), **options) for theta in (q, p))
+    return kl_divergence(*laws)
+
+
+def test_bound_of_the_divergence_holds():
+    """Against the divergence of the states by enumeration; equal where nothing is lost."""
+    rng, states = np.random.default_rng(0), oracle.subsets(4, 2)
+    for _ in range(5):
+        q, p = rng.normal(size=(2, 4))
+        law_q, law_p = ([oracle.plackett_luce_subset(t, z) for z in states] for t in (q, p))
+        exact = np.sum(law_q * np.log(np.divide(law_q, law_p)))
+        bound = divergence(q, p)
+        np.testing.assert_allclose(bound, np.sum(q - p + np.exp(p - q) - 1))
+        assert bound > exact
+    np.testing.assert_allclose(divergence(2 * q, 2 * p, temperature=2.0), bound)
+    gaussian = divergence(q, p, noise=GaussianNoise(), temperature=0.5)
+    np.testing.assert_allclose(gaussian, 2 * np.sum((q - p) ** 2))
+    with pytest.raises(ValueError, match="same temperature and either Gumbel or Gaussian"):
+        divergence(q, p, noise=LogisticNoise())
+
+
+DATA = jnp.array([[0.0, 3.0, 0.0, 3.0], [3.0, 3.0, 0.0, 0.0]])
+
+
+def subset_model():
+    with numpyro.plate("data", 2):
+        z = numpyro.sample("z", PerturbAndMAP(jnp.zeros(4), top_k(2)))
+        numpyro.sample("x", dist.Normal(3 * z, 1.0).to_event(1), obs=DATA)
+
+
+def subset_guide(solver=None):
+    theta = numpyro.param("theta", jnp.zeros((2, 4)))
+    with numpyro.plate("data", 2):
+        numpyro.sample("z", PerturbAndMAP(theta, solver or top_k(2)))
+
+
+@pytest.mark.parametrize("estimator", [IMLE(step_size=0.3), AdaptiveIMLE(), StraightThrough()])
+def test_any_solver_trains_with_the_bound(estimator):
+    config = {"z": estimator}
+    optimizer = adapt_imle(optax.adam(0.1), config)
+    svi = SVI(subset_model, imle(subset_guide, config), optimizer, TraceMeanField_ELBO(4))
+    result = svi.run(KEY, 60, progress_bar=False)
+    assert ((result.params["theta"] > 0.2) == (DATA > 1)).all()
+
+
+def test_sites_without_a_density_are_refused_elsewhere():
+    guide, params = imle(subset_guide, {"z": IMLE()}), {"theta": jnp.zeros((2, 4))}
+    for loss in (Trace_ELBO(), IWAE(1)):
+        with pytest.raises(NotImplementedError, match="TraceMeanField_ELBO"):
+            loss.loss(KEY, params, subset_model, guide)
+    with pytest.raises(ValueError, match="same solver"):
+        other = imle(lambda: subset_guide(top_k(1)), {"z": IMLE()})
+        TraceMeanField_ELBO().loss(KEY, params, subset_model, other)
+    with pytest.raises(ValueError, match="IMLE, AdaptiveIMLE and StraightThrough take over"):
+        numpyro.handlers.seed(imle(subset_guide, {"z": SIMPLE()}), 0)()
+    with pytest.raises(ValueError, match="temperature > 0"):
+        PerturbAndMAP(jnp.zeros(3), top_k(2), temperature=0.0)
+    with pytest.raises(ValueError, match="1 event axes"):
+        PerturbAndMAP(jnp.array(0.0), top_k(2))

@@ -1,0 +1,364 @@
+"""``imle`` in Pyro: gradients against exact enumeration, plates, saved state, refusals."""
+
+import io
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from torch.distributions import kl_divergence
+
+from pyro_gradest import (
+    IMLE,
+    IWAE,
+    SIMPLE,
+    AdaptiveIMLE,
+    GumbelSoftmaxST,
+    OneHotCategorical,
+    PerturbAndMAP,
+    ReinMax,
+    StraightThrough,
+    imle,
+)
+from pyro_gradest.estimators import GaussianNoise, GumbelNoise, LogisticNoise, Noise, top_k
+from tests.oracles import discrete as oracle
+
+# A plate of many data that are all alike, whose noise fills its space evenly: the sum over data is
+# an expectation, and nothing is left to chance.
+NUMBER = 2**16
+QUANTILES = (np.arange(NUMBER) + 0.5) / NUMBER
+LOGISTIC = torch.tensor(np.log(QUANTILES) - np.log1p(-QUANTILES))
+GUMBEL = torch.tensor(oracle.gumbel_points(NUMBER, 3))
+THETA = {"bit": np.array(0.4), "one_hot": np.array([0.4, -0.3, 0.1])}
+LOSSES = {
+    "trace": Trace_ELBO(),
+    "trace-vectorized": Trace_ELBO(2, vectorize_particles=True, max_plate_nesting=1),
+    "mean-field": TraceMeanField_ELBO(),
+    "iwae": IWAE(1),
+}
+
+
+class EvenLogistic(LogisticNoise):
+    def sample_like(self, theta, *, generator=None):
+        return LOGISTIC.expand(theta.shape)
+
+
+class EvenGumbel(GumbelNoise):
+    def sample_like(self, theta, *, generator=None):
+        return GUMBEL.expand(theta.shape)
+
+
+def location(z, kind):
+    return 1.5 * z if kind == "bit" else z @ torch.tensor([1.5, 0.0, -1.0])
+
+
+def model(kind, subsample_size=None):
+    size = NUMBER * (2 if subsample_size else 1)
+    with pyro.plate("data", size, subsample_size=subsample_size):
+        prior = (
+            dist.Bernoulli(torch.tensor(0.2))
+            if kind == "bit"
+            else OneHotCategorical(torch.tensor([0.1, 0.6, 0.3]))
+        )
+        z = pyro.sample("z", prior)
+        pyro.sample("x", dist.Normal(location(z, kind), 1.0), obs=torch.ones(NUMBER))
+
+
+def guide(kind, subsample_size=None):
+    theta = pyro.param("theta", torch.tensor(THETA[kind]))
+    size = NUMBER * (2 if subsample_size else 1)
+    with pyro.plate("data", size, subsample_size=subsample_size):
+        site = dist.Bernoulli if kind == "bit" else dist.OneHotCategorical
+        pyro.sample("z", site(logits=theta))
+
+
+def log_likelihood(z, kind):
+    mean = 1.5 * z if kind == "bit" else z @ np.array([1.5, 0.0, -1.0])
+    return -0.5 * (1.0 - mean) ** 2
+
+
+def exact_gradient(kind):
+    """Derivative of the negative ELBO of one datum, by enumeration."""
+    theta = THETA[kind]
+    if kind == "bit":
+        scores, states, prior = np.array([0.0, theta]), [0.0, 1.0], [0.8, 0.2]
+    else:
+        scores, states, prior = theta, list(np.eye(3)), [0.1, 0.6, 0.3]
+    q = oracle.softmax(scores)
+    values = np.array([log_likelihood(z, kind) for z in states]) + np.log(prior) - np.log(q)
+    gradient = -oracle.covariance_of(q) @ values
+    return gradient[1] if kind == "bit" else gradient
+
+
+def gradient_of(estimator, kind, loss, **options):
+    pyro.clear_param_store()
+    wrapped = imle(guide, {"z": estimator})
+    loss.loss_and_grads(model, wrapped, kind, **options)
+    return pyro.param("theta").grad.numpy() / NUMBER
+
+
+def relative_error(estimator, kind, loss, scale=1.0, **options):
+    exact = exact_gradient(kind)
+    actual = gradient_of(estimator, kind, loss, **options) / scale
+    return np.linalg.norm(actual - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("kind", THETA)
+def test_gradient_equals_enumeration(kind, loss):
+    noise = EvenLogistic() if kind == "bit" else EvenGumbel()
+    assert relative_error(IMLE(step_size=0.05, noise=noise), kind, loss) < 0.04
+    # A bias that the test would see: that of the first order.
+    assert relative_error(StraightThrough(noise=noise), kind, loss) > 0.1
+
+
+def test_subsampled_plate_multiplies_the_gradient():
+    estimator = IMLE(step_size=0.05, noise=EvenLogistic())
+    error = relative_error(estimator, "bit", Trace_ELBO(), scale=2.0, subsample_size=NUMBER)
+    assert error < 0.04
+
+
+@pytest.mark.parametrize(
+    "estimator", [IMLE(step_size=0.2), AdaptiveIMLE(), ReinMax(), GumbelSoftmaxST(), SIMPLE()]
+)
+def test_guide_finds_the_posterior(estimator):
+    """Bits in rows, under a mask and in a plate; values stay exactly bits."""
+    x = torch.tensor([[0.0, 3.0], [3.0, 0.0]])
+    met = []
+
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Bernoulli(torch.full((2,), 0.5)).to_event(1).mask(True))
+            met.append(z)
+            pyro.sample("x", dist.Normal(3 * z, 1.0).to_event(1), obs=x)
+
+    def guide():
+        logits = pyro.param("logits", torch.zeros(2, 2))
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Bernoulli(logits=logits).to_event(1).mask(True))
+
+    svi = SVI(model, imle(guide, estimator), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO(3))
+    for _ in range(60):
+        svi.step()
+
+    assert ((pyro.param("logits") > 0.5) == (x > 1)).all()
+    assert all(((z == 0) | (z == 1)).all() for z in met)
+
+
+def noisy_guide():
+    logits = pyro.param("logits", torch.zeros(2, 3))
+    with pyro.plate("data", 2):
+        pyro.sample("z", dist.OneHotCategorical(logits=logits))
+
+
+def noisy_model():
+    with pyro.plate("data", 2):
+        z = pyro.sample("z", OneHotCategorical(torch.ones(3) / 3))
+        pyro.sample(
+            "x", dist.Normal(z @ torch.arange(3.0, dtype=z.dtype), 1.0), obs=1.3 * torch.ones(2)
+        )
+
+
+@pytest.mark.parametrize(
+    "loss", [Trace_ELBO(2), IWAE(3, vectorize_particles=True, max_plate_nesting=1)]
+)
+def test_training_resumes_bit_for_bit(loss):
+    def build():
+        optimizer = pyro.optim.Adam({"lr": 0.1})
+        guide = imle(noisy_guide, {"z": AdaptiveIMLE()})
+        return SVI(noisy_model, guide, optimizer, loss), optimizer
+
+    svi, optimizer = build()
+    for _ in range(5):
+        svi.step()
+    saved = io.BytesIO()
+    torch.save(
+        (pyro.get_param_store().get_state(), optimizer.get_state(), torch.get_rng_state()), saved
+    )
+    before = pyro.param("z_imle").clone()
+    losses = [svi.step() for _ in range(5)]
+    expected = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+
+    pyro.clear_param_store()
+    saved.seek(0)
+    parameters, state, seed = torch.load(saved, weights_only=False)
+    svi, optimizer = build()
+    pyro.get_param_store().set_state(parameters)
+    optimizer.set_state(state)
+    torch.set_rng_state(seed)
+    again = [svi.step() for _ in range(5)]
+
+    assert again == losses
+    assert expected.keys() == set(pyro.get_param_store()) == {"logits", "z_imle"}
+    for name, value in pyro.get_param_store().items():
+        assert torch.equal(value, expected[name])
+    assert not torch.equal(expected["z_imle"], before)
+
+
+def test_state_is_updated_once_in_a_backward_pass():
+    """Whatever the number of particles in it; and not at all without one."""
+    estimator = AdaptiveIMLE(rate=0.25, initial_step=4.0)
+    svi = SVI(noisy_model, imle(noisy_guide, estimator), pyro.optim.SGD({"lr": 0.0}), IWAE(4))
+    svi.evaluate_loss()
+    step, density, update = pyro.param("z_imle").tolist()
+    assert (step, density, update) == (4.0, 1.0, 0.0)
+    svi.step()
+    step, density, update = pyro.param("z_imle").tolist()
+    assert abs(np.log(step / 4.0)) == pytest.approx(0.25)
+    assert abs(update) == 0.25
+
+
+def test_prior_that_would_be_lost_is_refused():
+    def host_model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.OneHotCategorical(torch.ones(3) / 3))
+            pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=torch.ones(2))
+
+    guide = imle(noisy_guide, {"z": IMLE()})
+    with pytest.raises(ValueError, match="prior of site 'z' would count for nothing"):
+        Trace_ELBO().loss_and_grads(host_model, guide)
+    Trace_ELBO().loss_and_grads(imle(host_model, {"z": IMLE()}), guide)
+
+
+def test_decorator_context_manager_and_function():
+    @imle(config=lambda name: StraightThrough() if name == "z" else None)
+    def decorated():
+        other = pyro.sample("other", dist.Bernoulli(logits=pyro.param("theta", torch.zeros(()))))
+        return other, pyro.sample("z", dist.Bernoulli(logits=pyro.param("theta")))
+
+    other, z = decorated()
+    assert z.requires_grad
+    assert not other.requires_grad
+    with imle(config={"z": StraightThrough()}):
+        assert noisy_guide() is None
+    with pytest.raises(ValueError, match=r"sites \['y'\].*only \['z'\]"):
+        with imle(config={"y": StraightThrough()}):
+            noisy_guide()
+
+
+class Own(Noise):
+    def sample_like(self, theta, *, generator=None):
+        return torch.zeros_like(theta)
+
+
+@pytest.mark.parametrize(
+    ("fn", "options", "estimator", "message"),
+    [
+        (dist.Categorical(torch.ones(3) / 3), {}, IMLE(), "draws integers.*OneHotCategorical"),
+        (dist.Normal(0.0, 1.0), {}, IMLE(), "Normal. Leave it out"),
+        (dist.Bernoulli(0.5), {"obs": torch.tensor(1.0)}, IMLE(), "'z', which is observed"),
+        (
+            dist.Bernoulli(0.5),
+            {"infer": {"enumerate": "parallel"}},
+            IMLE(),
+            "both enumerated and under imle",
+        ),
+        (dist.Bernoulli(0.5), {}, IMLE(noise=GaussianNoise()), "wrong entropy"),
+        (dist.Bernoulli(0.5), {}, AdaptiveIMLE(temperature=0.5), "wrong entropy"),
+        (dist.OneHotCategorical(torch.ones(3) / 3), {}, StraightThrough(Own()), "GumbelNoise"),
+    ],
+)
+def test_refusals(fn, options, estimator, message):
+    with pytest.raises(ValueError, match=message):
+        imle(lambda: pyro.sample("z", fn, **options), {"z": estimator})()
+
+
+def test_wrong_config():
+    with pytest.raises(TypeError, match="site 'z'"):
+        imle(noisy_guide, {"z": "imle"})
+    with pytest.raises(TypeError, match="by site name"):
+        imle(noisy_guide)
+
+
+def test_one_estimator_for_all_leaves_others_alone():
+    def program():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Bernoulli(0.5), obs=torch.tensor(1.0))
+        return pyro.sample("z", dist.Bernoulli(logits=pyro.param("theta", torch.zeros(()))))
+
+    assert imle(program, IMLE())().requires_grad
+
+
+def test_log_probability_of_one_hot_values():
+    """Linear in the value, also expanded; impossible classes stay finite in the derivative."""
+    site = OneHotCategorical(logits=torch.tensor([0.0, 1.0, -torch.inf]))
+    assert type(site.expand([4])) is OneHotCategorical
+    value = torch.tensor([0.0, 1.0, 0.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(site.expand([1]).log_prob(value).sum(), value)
+    torch.testing.assert_close(
+        site.log_prob(value),
+        dist.OneHotCategorical(logits=torch.tensor([0.0, 1.0, -torch.inf])).log_prob(
+            value.detach()
+        ),
+    )
+    torch.testing.assert_close(gradient[:2], torch.log_softmax(torch.tensor([0.0, 1.0]), 0))
+    assert gradient[2] == -1e30
+
+
+# Sites without a density
+
+
+def divergence(q, p, **options):
+    laws = (PerturbAndMAP(torch.tensor(theta), top_k(2), **options) for theta in (q, p))
+    return kl_divergence(*laws).item()
+
+
+def test_bound_of_the_divergence_holds():
+    """Against the divergence of the states by enumeration; equal where nothing is lost."""
+    rng, states = np.random.default_rng(0), oracle.subsets(4, 2)
+    for _ in range(5):
+        q, p = rng.normal(size=(2, 4))
+        law_q, law_p = ([oracle.plackett_luce_subset(t, z) for z in states] for t in (q, p))
+        exact = np.sum(law_q * np.log(np.divide(law_q, law_p)))
+        bound = divergence(q, p)
+        np.testing.assert_allclose(bound, np.sum(q - p + np.exp(p - q) - 1))
+        assert bound > exact
+    np.testing.assert_allclose(divergence(2 * q, 2 * p, temperature=2.0), bound)
+    gaussian = divergence(q, p, noise=GaussianNoise(), temperature=0.5)
+    np.testing.assert_allclose(gaussian, 2 * np.sum((q - p) ** 2))
+    with pytest.raises(ValueError, match="same temperature and either Gumbel or Gaussian"):
+        divergence(q, p, noise=LogisticNoise())
+
+
+DATA = torch.tensor([[0.0, 3.0, 0.0, 3.0], [3.0, 3.0, 0.0, 0.0]])
+
+
+def subset_model():
+    with pyro.plate("data", 2):
+        z = pyro.sample("z", PerturbAndMAP(torch.zeros(4), top_k(2)))
+        pyro.sample("x", dist.Normal(3 * z, 1.0).to_event(1), obs=DATA)
+
+
+def subset_guide(solver=None):
+    theta = pyro.param("theta", torch.zeros(2, 4))
+    with pyro.plate("data", 2):
+        pyro.sample("z", PerturbAndMAP(theta, solver or top_k(2)))
+
+
+@pytest.mark.parametrize("estimator", [IMLE(step_size=0.3), AdaptiveIMLE(), StraightThrough()])
+def test_any_solver_trains_with_the_bound(estimator):
+    guide = imle(subset_guide, {"z": estimator})
+    loss = TraceMeanField_ELBO(4, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(subset_model, guide, pyro.optim.Adam({"lr": 0.1}), loss)
+    for _ in range(60):
+        svi.step()
+    assert ((pyro.param("theta") > 0.2) == (DATA > 1)).all()
+
+
+def test_sites_without_a_density_are_refused_elsewhere():
+    guide = imle(subset_guide, {"z": IMLE()})
+    for loss in (Trace_ELBO(), IWAE(1)):
+        with pytest.raises((NotImplementedError, ValueError), match=r"TraceMeanField|infinite"):
+            loss.loss_and_grads(subset_model, guide)
+    with pytest.raises(ValueError, match="same solver"):
+        TraceMeanField_ELBO().loss_and_grads(
+            subset_model, imle(lambda: subset_guide(top_k(1)), {"z": IMLE()})
+        )
+    with pytest.raises(ValueError, match="IMLE, AdaptiveIMLE and StraightThrough take over"):
+        imle(subset_guide, {"z": SIMPLE()})()
+    with pytest.raises(ValueError, match="temperature > 0"):
+        PerturbAndMAP(torch.zeros(3), top_k(2), temperature=0.0)
+    with pytest.raises(ValueError, match="1 event axes"):
+        PerturbAndMAP(torch.tensor(0.0), top_k(2))
