@@ -1,7 +1,18 @@
 """Gradient estimators for variational inference in Pyro."""
 
 from pyro_gradest import estimators
-from pyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, check_implicit_fit
+from pyro_gradest.diagnostics import (
+    EstimatorComparison,
+    GradientStatistics,
+    ImplicitFitReport,
+    ImplicitSitesCheck,
+    check_implicit_fit,
+    compare_estimators,
+    gradient_statistics,
+    plot_bias_and_variance,
+    plot_snr_against_particles,
+    plot_snr_per_second,
+)
 from pyro_gradest.distributions import Implicit
 from pyro_gradest.infer import (
     IWAE,
@@ -28,6 +39,8 @@ __all__ = [
     "TVO",
     "VIMCO",
     "AutoImplicit",
+    "EstimatorComparison",
+    "GradientStatistics",
     "Implicit",
     "ImplicitELBO",
     "ImplicitFitReport",
@@ -36,6 +49,11 @@ __all__ = [
     "ReweightedWakeSleep",
     "SemiImplicitELBO",
     "check_implicit_fit",
+    "compare_estimators",
     "estimators",
+    "gradient_statistics",
     "importance_samples",
+    "plot_bias_and_variance",
+    "plot_snr_against_particles",
+    "plot_snr_per_second",
 ]
