@@ -99,7 +99,7 @@ class EstimatorComparison(NamedTuple):
         sentences += [_warn_of_bias(one) for one in self.statistics if _is_biased(one)]
         if len(groups) > 1:
             targets = "; ".join(
-                f"{', '.join(one.name for one in group)}: {target.words}"
+                f"{', '.join(dict.fromkeys(one.family for one in group))}: {target.words}"
                 for target, group in groups.items()
             )
             sentences.append(
