@@ -12,6 +12,18 @@ from numpyro_gradest.estimators import (
     StraightThrough,
 )
 from numpyro_gradest.handlers import adapt_imle, imle
+from numpyro_gradest.diagnostics import (
+    EstimatorComparison,
+    GradientStatistics,
+    ImplicitFitReport,
+    ImplicitSitesCheck,
+    check_implicit_fit,
+    compare_estimators,
+    gradient_statistics,
+    plot_bias_and_variance,
+    plot_snr_against_particles,
+    plot_snr_per_second,
+from numpyro_gradest.distributions import Implicit
 from numpyro_gradest.infer import (
     IWAE,
     NVIL,
@@ -41,6 +53,8 @@ __all__ = [
     "AdaptiveIMLE",
     "AutoImplicit",
     "GumbelSoftmaxST",
+    "EstimatorComparison",
+    "GradientStatistics",
     "Implicit",
     "ImplicitELBO",
     "ImplicitFitReport",
@@ -54,7 +68,12 @@ __all__ = [
     "StraightThrough",
     "adapt_imle",
     "check_implicit_fit",
+    "compare_estimators",
     "estimators",
     "imle",
+    "gradient_statistics",
     "importance_samples",
+    "plot_bias_and_variance",
+    "plot_snr_against_particles",
+    "plot_snr_per_second",
 ]

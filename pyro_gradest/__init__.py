@@ -12,6 +12,18 @@ from pyro_gradest.estimators import (
     StraightThrough,
 )
 from pyro_gradest.handlers import imle
+from pyro_gradest.diagnostics import (
+    EstimatorComparison,
+    GradientStatistics,
+    ImplicitFitReport,
+    ImplicitSitesCheck,
+    check_implicit_fit,
+    compare_estimators,
+    gradient_statistics,
+    plot_bias_and_variance,
+    plot_snr_against_particles,
+    plot_snr_per_second,
+from pyro_gradest.distributions import Implicit
 from pyro_gradest.infer import (
     IWAE,
     NVIL,
@@ -41,6 +53,8 @@ __all__ = [
     "AdaptiveIMLE",
     "AutoImplicit",
     "GumbelSoftmaxST",
+    "EstimatorComparison",
+    "GradientStatistics",
     "Implicit",
     "ImplicitELBO",
     "ImplicitFitReport",
@@ -53,7 +67,12 @@ __all__ = [
     "SemiImplicitELBO",
     "StraightThrough",
     "check_implicit_fit",
+    "compare_estimators",
     "estimators",
     "imle",
+    "gradient_statistics",
     "importance_samples",
+    "plot_bias_and_variance",
+    "plot_snr_against_particles",
+    "plot_snr_per_second",
 ]

@@ -61,8 +61,8 @@ class Program(NamedTuple):
 def trace_particle(program: Program, key: Array) -> tuple[Trace, Trace]:
     """Trace the model and the guide; gradients stop at the values of score-function sites."""
     model_key, guide_key = jax.random.split(key)
-    guide_trace = _trace_guide(program, guide_key, {})
-    model_trace = _trace_model(program, model_key, guide_trace)
+    guide_trace = trace_guide(program, guide_key, {})
+    model_trace = trace_model(program, model_key, guide_trace)
     if program.takes_implicit:
         params = jax.tree.map(lambda leaf: leaf, program.params)
         guide = handlers.substitute(handlers.seed(program.guide, guide_key), data=params)
@@ -80,7 +80,7 @@ def trace_particle_twice(
     the reverse: there is one along the path through the reparameterised draws and no other.
     """
     model_key, guide_key = jax.random.split(key)
-    drawn = _trace_guide(program, guide_key, {})
+    drawn = trace_guide(program, guide_key, {})
     draws = {
         name: site["value"]
         for name, site in samples(drawn)
@@ -97,12 +97,13 @@ def trace_particle_twice(
         (program, jax.lax.stop_gradient(draws)),
         (program.detached(), draws),
     ):
-        guide_trace = _trace_guide(one, guide_key, values)
-        pairs.append((_trace_model(one, model_key, guide_trace), guide_trace))
+        guide_trace = trace_guide(one, guide_key, values)
+        pairs.append((trace_model(one, model_key, guide_trace), guide_trace))
     return pairs[0], pairs[1]
 
 
-def _trace_guide(program: Program, key: Array, draws: dict[str, Array]) -> Trace:
+def trace_guide(program: Program, key: Array, draws: dict[str, Array]) -> Trace:
+    """Trace the guide, with the given values for some of its draws."""
     # Programs update mutable state in place: every run gets containers of its own.
     params = jax.tree.map(lambda leaf: leaf, program.params)
     guide = handlers.substitute(handlers.seed(program.guide, key), data=params | draws)
@@ -110,7 +111,8 @@ def _trace_guide(program: Program, key: Array, draws: dict[str, Array]) -> Trace
         return handlers.trace(guide).get_trace(*program.args, **program.kwargs)
 
 
-def _trace_model(program: Program, key: Array, guide_trace: Trace) -> Trace:
+def trace_model(program: Program, key: Array, guide_trace: Trace) -> Trace:
+    """Trace the model at what the guide drew."""
     params = jax.tree.map(lambda leaf: leaf, program.params)
     # Substituted, not replayed: the host's replay does not reach sites inside of cond.
     data = params | _drawn(guide_trace) | mutable_state_of(guide_trace)

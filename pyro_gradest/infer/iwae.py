@@ -48,8 +48,8 @@ class IWAE(MultiSampleELBO):
 
     Bias and variance:
         Unbiased for the gradient of the K-sample bound, of any order alpha. The signal-to-noise
-        ratio of the pathwise guide gradient falls as 1/sqrt(K); that of ``reparam="dreg"`` grows
-        as sqrt(K). Biased by design with ``reparam="stl"`` and K > 1.
+        ratio of the pathwise guide gradient falls as 1/sqrt(K); that of ``reparam="dreg"`` does
+        not. Biased by design with ``reparam="stl"`` and K > 1.
 
 
     Cost:

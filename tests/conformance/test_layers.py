@@ -20,6 +20,9 @@ TOP = 4  # the package's own __init__.py
 
 ARRAYS = {"pyro": {"torch"}, "numpyro": {"jax"}}
 EVERYWHERE = {"numpy", "scipy", "jaxtyping", *sys.stdlib_module_names}
+# What comes with both hosts, and what is imported where something is drawn or tabulated.
+IN_DIAGNOSTICS = {"tqdm", "matplotlib", "pandas"}
+EVERYWHERE = {"numpy", "jaxtyping", *sys.stdlib_module_names}
 
 # The modules of infer/ that may run a program under a trace and read the trace's sites.
 SEAM = (
@@ -32,6 +35,7 @@ SEAM = (
     "_implicit",
     "_semi_implicit",
     "_model_score",
+    "_enumerated",
 )
 TRACING = {"get_trace", "get_importance_trace", "log_density", "trace"}
 TRACE_ATTRIBUTES = {
@@ -93,6 +97,8 @@ def test_imports_point_only_downwards(module: str) -> None:
     host, _ = MODULES[module]
     package, layer = PACKAGES[host], _layer(module)
     allowed = EVERYWHERE | ARRAYS[host] | ({host} if layer > LAYERS["estimators"] else set())
+    if layer == LAYERS["diagnostics"]:
+        allowed |= IN_DIAGNOSTICS
     for imported in _imports(module):
         root = imported.split(".")[0]
         if root == package:

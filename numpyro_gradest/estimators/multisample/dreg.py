@@ -38,9 +38,10 @@ def dreg_weights(
         ValueError: If ``log_weights`` has no particle axis, or ``alpha`` is not in [0, 1].
 
     Bias and variance:
-        Unbiased for the guide's gradient of the K-sample bound. Its signal-to-noise ratio grows as
-        sqrt(K) where the pathwise one falls as 1/sqrt(K), and its variance vanishes where the
-        guide is the posterior. It is no gradient for the model's parameters: these keep v.
+        Unbiased for the guide's gradient of the K-sample bound. In the limit of many particles its
+        signal-to-noise ratio grows as sqrt(K) where the pathwise one falls as 1/sqrt(K), and its
+        variance vanishes where the guide is the posterior. It is no gradient for the model's
+        parameters: these keep v.
 
     Cost:
         O(K) time and memory per batch element.

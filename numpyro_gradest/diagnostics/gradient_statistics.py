@@ -1,0 +1,373 @@
+"""What a loss's gradient is worth: its mean and variance, its bias, and what it costs."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array
+from numpyro import optim
+from numpyro.infer import ELBO, SVI
+
+from numpyro_gradest.diagnostics._measure import Moments, measure
+from numpyro_gradest.diagnostics._targets import bound_of, target_of
+from numpyro_gradest.diagnostics.gradient_report import EstimatorComparison, GradientStatistics
+from numpyro_gradest.estimators import effective_sample_size
+from numpyro_gradest.infer._enumerated import NotEnumerableError, expected_bound
+from numpyro_gradest.infer._trace import Program
+from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
+
+_ESS_DRAWS = 20
+
+
+def gradient_statistics(
+    rng_key: Array,
+    loss: ELBO,
+    model: Callable,
+    guide: Callable,
+    params: dict[str, Any],
+    *args: Any,
+    num_draws: int = 1000,
+    reference: str | ELBO | None = "auto",
+    num_reference_draws: int | None = None,
+    name: str | None = None,
+    family: str | None = None,
+    progress_bar: bool = False,
+    batch_size: int = 10,
+    **kwargs: Any,
+) -> GradientStatistics:
+    r"""Measure the gradient of a loss: mean, variance, signal-to-noise ratio, bias and time.
+
+    The gradient is that of the objective with respect to the unconstrained parameters, as the
+    optimiser sees it, with the sign of ascent. ``print`` the result, or read its fields.
+
+    - The signal-to-noise ratio is \|mean\| / standard deviation of each parameter, and their
+      average.
+    - The directional one is, averaged over draws, the squared length of the gradient along the
+      mean gradient over that across it.
+    - The bias is measured against the exact gradient where all draws of the guide are discrete and
+      few; else, for what is biased by design, against a long run of its unbiased sibling; or
+      against a long run of the loss passed as ``reference``.
+
+    Args:
+        rng_key: Random key of all draws.
+        loss: Any loss of this package or of NumPyro.
+        model: NumPyro model.
+        guide: NumPyro guide, as it is passed to ``SVI``.
+        params: Constrained values of the parameters, by name, as ``svi.get_params`` returns them,
+            where the gradient is taken; what is missing starts as in ``SVI``. State of ``mutable``
+            sites may be among them.
+        args: Arguments of model and guide.
+        num_draws: Number of gradients.
+        reference: ``"auto"``, a loss whose expected gradient is the right one, or ``None``.
+        num_reference_draws: Of a long run; four times ``num_draws`` if left out.
+        name: In tables; the class and its number of particles if left out.
+        family: The name without the number of particles; ``name`` if left out.
+        progress_bar: Whether to show one.
+        batch_size: Number of gradients that are taken together, by ``vmap``.
+        kwargs: Keyword arguments of model and guide.
+
+    Returns:
+        :class:`GradientStatistics`.
+
+    Raises:
+        TypeError: If a number is not an integer.
+        ValueError: If a number is too small, ``reference`` is a word other than ``"auto"``, or no
+            parameter has a gradient.
+
+    Bias and variance:
+        Means and variances are unbiased, with standard errors that fall as one over the root of
+        ``num_draws``. Of a mean that is lost in the noise the ratio shows the noise: it is biased
+        by design below ``snr_floor``, what it is of draws without any signal.
+
+    Cost:
+        ``num_draws`` gradients, and one to compile; memory does not grow with them.
+
+    Example:
+        >>> import numpyro
+        >>> import numpyro.distributions as dist
+        >>> from jax import random
+        >>> from numpyro_gradest import VIMCO
+        >>> def model():
+        ...     z = numpyro.sample("z", dist.Bernoulli(0.3))
+        ...     numpyro.sample("x", dist.Normal(3.0 * z, 1.0), obs=2.0)
+        >>> def guide():
+        ...     numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logit", 0.1)))
+        >>> params = {"logit": 0.1}
+        >>> statistics = gradient_statistics(random.key(0), VIMCO(3), model, guide, params)
+        >>> statistics.reference, statistics.total_bias < 3 * statistics.total_bias_standard_error
+        ('enumeration', True)
+
+    References:
+        Rainforth et al., `Tighter Variational Bounds are Not Necessarily Better
+        <https://arxiv.org/abs/1802.04537>`_, 2018, section 3. Lievin, Dittadi, Christensen and
+        Winther, `Optimal Variance Control of the Score Function Gradient Estimator for Importance
+        Weighted Bounds <https://arxiv.org/abs/2008.01998>`_, 2020, for the directional ratio.
+    """
+    check_count("gradient_statistics", "num_draws", num_draws)
+    if isinstance(reference, str) and reference != "auto":
+        raise ValueError(
+            f'gradient_statistics needs reference="auto", a loss or None, got {reference!r}.'
+        )
+    num_particles = getattr(loss, "num_particles", None)
+    name = name or f"{type(loss).__name__}({'' if num_particles is None else num_particles})"
+    gradients = _Gradients(loss, model, guide, params, args, kwargs, rng_key)
+    exact = gradients.exact() if reference == "auto" else None
+    options: dict[str, Any] = {"progress_bar": progress_bar, "batch_size": batch_size}
+    draw_key, reference_key = jax.random.split(rng_key)
+    moments = gradients.measure(draw_key, num_draws, direction=exact, name=name, **options)
+
+    against, truth, error = None, exact, None
+    if exact is not None:
+        against, error = "enumeration", np.zeros_like(exact)
+    elif (sibling := _reference_loss(loss, reference)) is not None:
+        run = _Gradients(sibling, model, guide, params, args, kwargs, rng_key).measure(
+            reference_key,
+            num_reference_draws or 4 * num_draws,
+            direction=None,
+            name=f"reference of {name}",
+            **options,
+        )
+        truth, error = run.mean, run.variance / run.num_draws
+        against = f"{run.num_draws} draws of {type(sibling).__name__}"
+    split = gradients.by_parameter
+    bias = errors = None
+    if truth is not None and error is not None:
+        bias = split(moments.mean - truth)
+        errors = split(np.sqrt(moments.variance / moments.num_draws + error))
+    return GradientStatistics(
+        name=name,
+        family=family or name,
+        num_particles=num_particles,
+        target=target_of(loss),
+        num_draws=moments.num_draws,
+        mean=split(moments.mean),
+        variance=split(moments.variance),
+        directional_snr=moments.directional_snr,
+        effective_sample_size=gradients.effective_sample_size(),
+        seconds_per_gradient=moments.seconds,
+        reference=against,
+        bias=bias,
+        bias_standard_errors=errors,
+    )
+
+
+def compare_estimators(
+    rng_key: Array,
+    losses: dict[str, Any],
+    model: Callable,
+    guide: Callable,
+    params: dict[str, Any],
+    *args: Any,
+    num_particles: tuple[int, ...] = (),
+    num_draws: int = 1000,
+    reference: str | ELBO | None = "auto",
+    progress_bar: bool = False,
+    **options: Any,
+) -> EstimatorComparison:
+    """Measure several losses on one model and guide, and say what to choose.
+
+    Estimators with the same target are ranked by the signal-to-noise ratio that a second of their
+    gradients has; estimators with different targets never are. ``print`` the result for a table
+    and the sentences, ``to_frame`` makes it a pandas data frame, and there are plots:
+    :func:`plot_snr_against_particles`, :func:`plot_bias_and_variance`,
+    :func:`plot_snr_per_second`.
+
+    Args:
+        rng_key: Random key of all draws.
+        losses: By name, losses of this package or of NumPyro; with ``num_particles``, functions of
+            K that return one.
+        model: NumPyro model.
+        guide: NumPyro guide, as it is passed to ``SVI``.
+        params: Constrained values of the parameters, by name, as ``svi.get_params`` returns them,
+            where the gradient is taken; what is missing starts as in ``SVI``. State of ``mutable``
+            sites may be among them.
+        args: Arguments of model and guide.
+        num_particles: The numbers K to call each function in ``losses`` with.
+        num_draws: Number of gradients of each.
+        reference: As in :func:`gradient_statistics`, for all of them.
+        progress_bar: Whether to show one.
+        options: Further options of :func:`gradient_statistics`, and keyword arguments of model and
+            guide.
+
+    Returns:
+        :class:`EstimatorComparison`.
+
+    Raises:
+        TypeError: If a number is not an integer.
+        ValueError: As :func:`gradient_statistics`; or if there is nothing to compare.
+
+    Bias and variance:
+        As of :func:`gradient_statistics`: unbiased means, variances and biases; all losses get
+        the same seed.
+
+    Cost:
+        That of :func:`gradient_statistics` for each.
+
+    Example:
+        >>> import numpyro
+        >>> import numpyro.distributions as dist
+        >>> from jax import random
+        >>> from numpyro_gradest import OVIS, VIMCO
+        >>> def model():
+        ...     z = numpyro.sample("z", dist.Bernoulli(0.3))
+        ...     numpyro.sample("x", dist.Normal(3.0 * z, 1.0), obs=2.0)
+        >>> def guide():
+        ...     numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("logit", 0.1)))
+        >>> losses, params = {"VIMCO": VIMCO(5), "OVIS": OVIS(5)}, {"logit": 0.1}
+        >>> print(compare_estimators(random.key(0), losses, model, guide, params))
+              target          K  SNR ...
+        VIMCO 5-sample bound  5  ...
+        OVIS  5-sample bound  5  ...
+        - For the 5-sample bound take ...
+
+    References:
+        Rainforth et al., `Tighter Variational Bounds are Not Necessarily Better
+        <https://arxiv.org/abs/1802.04537>`_, 2018.
+    """
+    if not losses:
+        raise ValueError("compare_estimators needs at least one loss, got none.")
+    several = [(name, name, loss) for name, loss in losses.items()]
+    if num_particles:
+        several = [
+            (f"{name}, K={K}", name, loss(K)) for name, _, loss in several for K in num_particles
+        ]
+    statistics = [
+        gradient_statistics(
+            rng_key,
+            loss,
+            model,
+            guide,
+            params,
+            *args,
+            num_draws=num_draws,
+            reference=reference,
+            name=name,
+            family=family,
+            progress_bar=progress_bar,
+            **options,
+        )
+        for name, family, loss in several
+    ]
+    return EstimatorComparison(tuple(statistics))
+
+
+def _reference_loss(loss: ELBO, reference: str | ELBO | None) -> ELBO | None:
+    """What to run for long; for what is biased by design, the same without that."""
+    if not isinstance(reference, str):
+        return reference
+    bound = bound_of(loss)
+    if bound is None or bound == target_of(loss):
+        return None  # nothing to compare with, or unbiased
+    sibling: Any = copy.copy(loss)
+    if getattr(loss, "gamma", 0.0):
+        sibling.gamma = 0.0
+    if getattr(loss, "reparam", None) == "stl":
+        sibling.reparam = "pathwise"
+    return sibling
+
+
+class _Gradients:
+    """Gradients of a loss at given parameters."""
+
+    def __init__(
+        self,
+        loss: ELBO,
+        model: Callable,
+        guide: Callable,
+        params: dict[str, Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        key: Array,
+    ) -> None:
+        # SVI knows how parameters are constrained, and finds mutable state.
+        self.svi = SVI(model, guide, optim.SGD(0.0), loss)
+        state = self.svi.init(key, *args, init_params=params, **kwargs)
+        self.loss, self.args, self.kwargs, self.key = loss, args, kwargs, key
+        self.unconstrained = self.svi.optim.get_params(state.optim_state)
+        self.mutable_state = state.mutable_state or {}
+        self.point, self.unravel = ravel_pytree(self.unconstrained)
+        if not self.point.size:
+            raise ValueError(
+                "No parameter has a gradient. Check that model or guide has numpyro.param "
+                "statements."
+            )
+
+    def measure(
+        self,
+        key: Array,
+        num_draws: int,
+        *,
+        direction: np.ndarray | None,
+        name: str,
+        progress_bar: bool,
+        batch_size: int,
+    ) -> Moments:
+        def draw() -> Iterator[np.ndarray]:
+            gradients = jax.jit(jax.vmap(jax.grad(self._loss_at), in_axes=(None, 0)))
+            step = 0
+            while True:
+                keys = jax.random.split(jax.random.fold_in(key, step), min(batch_size, num_draws))
+                yield -np.asarray(gradients(self.point, keys))
+                step += 1
+
+        return measure(draw(), num_draws, direction=direction, progress_bar=progress_bar, name=name)
+
+    def exact(self) -> np.ndarray | None:
+        """The exact gradient of the bound that the loss is for, if there are few states."""
+        bound = bound_of(self.loss)
+        if bound is None or bound.num_particles is None or bound.alpha is None:
+            return None
+        num_particles, alpha = bound.num_particles, bound.alpha
+
+        def expected(point: Array) -> Array:
+            program = self._program(point, "score")
+            return expected_bound(program, self.key, num_particles, alpha=alpha)
+
+        try:
+            return np.asarray(jax.jit(jax.grad(expected))(self.point), np.float64)
+        except NotEnumerableError:
+            return None
+
+    def effective_sample_size(self) -> float | None:
+        loss = self.loss
+        if not isinstance(loss, MultiSampleELBO):
+            return None
+
+        def size(key: Array) -> Array:
+            keys = jax.random.split(key, loss.num_particles * loss.num_replicates)
+            program = self._program(self.point, loss.reparam)
+            log_weights = loss._run(program, keys).log_weights
+            return effective_sample_size(loss._by_replicate(log_weights)).mean()
+
+        return float(jax.lax.map(size, jax.random.split(self.key, _ESS_DRAWS)).mean())
+
+    def by_parameter(self, vector: np.ndarray) -> dict[str, np.ndarray]:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(self.unconstrained)
+        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+        ends = np.cumsum([leaf.size for _, leaf in leaves])[:-1]
+        return {
+            name: part.reshape(leaf.shape)
+            for name, (_, leaf), part in zip(names, leaves, np.split(vector, ends), strict=True)
+        }
+
+    def _loss_at(self, point: Array, key: Array) -> Array:
+        svi, params = self.svi, self._params(point)
+        if self.mutable_state:
+            result = self.loss.loss_with_mutable_state(
+                key, params, svi.model, svi.guide, *self.args, **self.kwargs
+            )
+            return result["loss"]
+        return self.loss.loss(key, params, svi.model, svi.guide, *self.args, **self.kwargs)
+
+    def _params(self, point: Array) -> dict[str, Any]:
+        return self.svi.constrain_fn(self.unravel(point)) | self.mutable_state
+
+    def _program(self, point: Array, reparam: str) -> Program:
+        svi, params = self.svi, self._params(point)
+        program = Program(
+            svi.model, svi.guide, params, self.args, self.kwargs, reparam, is_weighted=False
+        )
+        return program.with_plate_key(self.key)

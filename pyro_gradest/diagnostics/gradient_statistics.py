@@ -1,0 +1,375 @@
+"""What a loss's gradient is worth: its mean and variance, its bias, and what it costs."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_gradest.diagnostics._measure import Moments, measure
+from pyro_gradest.diagnostics._targets import bound_of, target_of
+from pyro_gradest.diagnostics.gradient_report import EstimatorComparison, GradientStatistics
+from pyro_gradest.estimators import effective_sample_size
+from pyro_gradest.infer._enumerated import NotEnumerableError, expected_bound
+from pyro_gradest.infer.iwae import IWAE
+from pyro_gradest.infer.multisample_elbo import (
+    MultiSampleELBO,
+    check_count,
+    program_of,
+    replayed,
+)
+
+_ESS_DRAWS = 20
+
+
+def gradient_statistics(
+    loss: ELBO,
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    num_draws: int = 1000,
+    reference: str | ELBO | None = "auto",
+    num_reference_draws: int | None = None,
+    name: str | None = None,
+    family: str | None = None,
+    progress_bar: bool = False,
+    seed: int = 0,
+    **kwargs: Any,
+) -> GradientStatistics:
+    r"""Measure the gradient of a loss: mean, variance, signal-to-noise ratio, bias and time.
+
+    The gradient is that of the objective with respect to the unconstrained parameters, as the
+    optimiser sees it, with the sign of ascent. ``print`` the result, or read its fields.
+
+    - The signal-to-noise ratio is \|mean\| / standard deviation of each parameter, and their
+      average.
+    - The directional one is, averaged over draws, the squared length of the gradient along the
+      mean gradient over that across it.
+    - The bias is measured against the exact gradient where all draws of the guide are discrete and
+      few; else, for what is biased by design, against a long run of its unbiased sibling; or
+      against a long run of the loss passed as ``reference``.
+
+    Args:
+        loss: Any loss of this package or of Pyro.
+        model: Pyro model.
+        guide: Pyro guide. The gradient is taken where the parameters are in the parameter store.
+        args: Arguments of model and guide.
+        num_draws: Number of gradients.
+        reference: ``"auto"``, a loss whose expected gradient is the right one, or ``None``.
+        num_reference_draws: Of a long run; four times ``num_draws`` if left out.
+        name: In tables; the class and its number of particles if left out.
+        family: The name without the number of particles; ``name`` if left out.
+        progress_bar: Whether to show one.
+        seed: Of all draws; the random generators are left as they were.
+        kwargs: Keyword arguments of model and guide.
+
+    Returns:
+        :class:`GradientStatistics`.
+
+    Raises:
+        TypeError: If a number is not an integer.
+        ValueError: If a number is too small, ``reference`` is a word other than ``"auto"``, or no
+            parameter has a gradient.
+
+    Bias and variance:
+        Means and variances are unbiased, with standard errors that fall as one over the root of
+        ``num_draws``. Of a mean that is lost in the noise the ratio shows the noise: it is biased
+        by design below ``snr_floor``, what it is of draws without any signal.
+
+    Cost:
+        ``num_draws`` gradients, and one to compile; memory does not grow with them.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_gradest import VIMCO
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Bernoulli(0.3))
+        ...     pyro.sample("x", dist.Normal(3.0 * z, 1.0), obs=torch.tensor(2.0))
+        >>> def guide():
+        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.1))))
+        >>> statistics = gradient_statistics(VIMCO(3), model, guide, num_draws=200)
+        >>> statistics.reference, statistics.total_bias < 3 * statistics.total_bias_standard_error
+        ('enumeration', True)
+
+    References:
+        Rainforth et al., `Tighter Variational Bounds are Not Necessarily Better
+        <https://arxiv.org/abs/1802.04537>`_, 2018, section 3. Lievin, Dittadi, Christensen and
+        Winther, `Optimal Variance Control of the Score Function Gradient Estimator for Importance
+        Weighted Bounds <https://arxiv.org/abs/2008.01998>`_, 2020, for the directional ratio.
+    """
+    check_count("gradient_statistics", "num_draws", num_draws)
+    if isinstance(reference, str) and reference != "auto":
+        raise ValueError(
+            f'gradient_statistics needs reference="auto", a loss or None, got {reference!r}.'
+        )
+    num_particles = getattr(loss, "num_particles", None)
+    name = name or f"{type(loss).__name__}({'' if num_particles is None else num_particles})"
+    gradients = _Gradients(loss, model, guide, args, kwargs)
+    exact = gradients.exact() if reference == "auto" else None
+    options: dict[str, Any] = {"progress_bar": progress_bar, "seed": seed}
+    moments = gradients.measure(num_draws, direction=exact, name=name, **options)
+
+    against, truth, error = None, exact, None
+    if exact is not None:
+        against, error = "enumeration", np.zeros_like(exact)
+    elif (sibling := _reference_loss(loss, reference)) is not None:
+        run = _Gradients(sibling, model, guide, args, kwargs).measure(
+            num_reference_draws or 4 * num_draws,
+            direction=None,
+            name=f"reference of {name}",
+            progress_bar=progress_bar,
+            seed=seed + 1,
+        )
+        truth, error = run.mean, run.variance / run.num_draws
+        against = f"{run.num_draws} draws of {type(sibling).__name__}"
+    split = gradients.by_parameter
+    bias = errors = None
+    if truth is not None and error is not None:
+        bias = split(moments.mean - truth)
+        errors = split(np.sqrt(moments.variance / moments.num_draws + error))
+    return GradientStatistics(
+        name=name,
+        family=family or name,
+        num_particles=num_particles,
+        target=target_of(loss),
+        num_draws=moments.num_draws,
+        mean=split(moments.mean),
+        variance=split(moments.variance),
+        directional_snr=moments.directional_snr,
+        effective_sample_size=gradients.effective_sample_size(),
+        seconds_per_gradient=moments.seconds,
+        reference=against,
+        bias=bias,
+        bias_standard_errors=errors,
+    )
+
+
+def compare_estimators(
+    losses: dict[str, Any],
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    num_particles: tuple[int, ...] = (),
+    num_draws: int = 1000,
+    reference: str | ELBO | None = "auto",
+    progress_bar: bool = False,
+    **options: Any,
+) -> EstimatorComparison:
+    """Measure several losses on one model and guide, and say what to choose.
+
+    Estimators with the same target are ranked by the signal-to-noise ratio that a second of their
+    gradients has; estimators with different targets never are. ``print`` the result for a table
+    and the sentences, ``to_frame`` makes it a pandas data frame, and there are plots:
+    :func:`plot_snr_against_particles`, :func:`plot_bias_and_variance`,
+    :func:`plot_snr_per_second`.
+
+    Args:
+        losses: By name, losses of this package or of Pyro; with ``num_particles``, functions
+            of K that return one.
+        model: Pyro model.
+        guide: Pyro guide. The gradient is taken where the parameters are in the parameter store.
+        args: Arguments of model and guide.
+        num_particles: The numbers K to call each function in ``losses`` with.
+        num_draws: Number of gradients of each.
+        reference: As in :func:`gradient_statistics`, for all of them.
+        progress_bar: Whether to show one.
+        options: Further options of :func:`gradient_statistics`, and keyword arguments of model and
+            guide.
+
+    Returns:
+        :class:`EstimatorComparison`.
+
+    Raises:
+        TypeError: If a number is not an integer.
+        ValueError: As :func:`gradient_statistics`; or if there is nothing to compare.
+
+    Bias and variance:
+        As of :func:`gradient_statistics`: unbiased means, variances and biases; all losses get
+        the same seed.
+
+    Cost:
+        That of :func:`gradient_statistics` for each.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_gradest import OVIS, VIMCO
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Bernoulli(0.3))
+        ...     pyro.sample("x", dist.Normal(3.0 * z, 1.0), obs=torch.tensor(2.0))
+        >>> def guide():
+        ...     pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.1))))
+        >>> losses = {"VIMCO": VIMCO(5), "OVIS": OVIS(5)}
+        >>> comparison = compare_estimators(losses, model, guide, num_draws=300)
+        >>> print(comparison)
+              target          K  SNR ...
+        VIMCO 5-sample bound  5  ...
+        OVIS  5-sample bound  5  ...
+        - For the 5-sample bound take ...
+
+    References:
+        Rainforth et al., `Tighter Variational Bounds are Not Necessarily Better
+        <https://arxiv.org/abs/1802.04537>`_, 2018.
+    """
+    if not losses:
+        raise ValueError("compare_estimators needs at least one loss, got none.")
+    several = [(name, name, loss) for name, loss in losses.items()]
+    if num_particles:
+        several = [
+            (f"{name}, K={K}", name, loss(K)) for name, _, loss in several for K in num_particles
+        ]
+    statistics = [
+        gradient_statistics(
+            loss,
+            model,
+            guide,
+            *args,
+            num_draws=num_draws,
+            reference=reference,
+            name=name,
+            family=family,
+            progress_bar=progress_bar,
+            **options,
+        )
+        for name, family, loss in several
+    ]
+    return EstimatorComparison(tuple(statistics))
+
+
+def _reference_loss(loss: ELBO, reference: str | ELBO | None) -> ELBO | None:
+    """What to run for long; for what is biased by design, the same without that."""
+    if not isinstance(reference, str):
+        return reference
+    bound = bound_of(loss)
+    if bound is None or bound == target_of(loss):
+        return None  # nothing to compare with, or unbiased
+    sibling: Any = copy.copy(loss)
+    if getattr(loss, "gamma", 0.0):
+        sibling.gamma = 0.0
+    if getattr(loss, "reparam", None) == "stl":
+        sibling.reparam = "pathwise"
+    return sibling
+
+
+class _Gradients:
+    """Gradients of a loss at the parameters of the store, which are left as they are."""
+
+    def __init__(
+        self, loss: ELBO, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> None:
+        self.loss: Any = loss
+        self.program = model, guide, args, kwargs
+        self.store = pyro.get_param_store()
+        self.before = {name: value.detach().clone() for name, value in self.store.items()}
+        with replayed():
+            kept = self._clear()
+            self._backward()
+            leaves = dict(self.store.named_parameters())
+            self.leaves = {name: leaf for name, leaf in leaves.items() if leaf.grad is not None}
+            self._restore(kept)
+        if not self.leaves:
+            raise ValueError(
+                "No parameter of the parameter store got a gradient. Check that the guide has "
+                "pyro.param statements, or register its networks with pyro.module."
+            )
+
+    def measure(
+        self,
+        num_draws: int,
+        *,
+        direction: np.ndarray | None,
+        name: str,
+        progress_bar: bool,
+        seed: int,
+    ) -> Moments:
+        with replayed():
+            torch.manual_seed(seed)
+            kept = self._clear()
+            moments = measure(
+                self._draw(), num_draws, direction=direction, progress_bar=progress_bar, name=name
+            )
+            self._restore(kept)
+        return moments
+
+    def exact(self) -> np.ndarray | None:
+        """The exact gradient of the bound that the loss is for, if there are few states."""
+        bound = bound_of(self.loss)
+        if bound is None or bound.num_particles is None or bound.alpha is None:
+            return None
+        iwae = IWAE(1, strict_enumeration_warning=False)
+        try:
+            with replayed():
+                program = program_of(iwae, *self.program)
+                value = expected_bound(program, bound.num_particles, alpha=bound.alpha)
+        except NotEnumerableError:
+            return None
+        leaves = list(self.leaves.values())
+        return _flat(torch.autograd.grad(value, leaves, allow_unused=True), leaves)
+
+    def effective_sample_size(self) -> float | None:
+        loss = self.loss
+        if not isinstance(loss, MultiSampleELBO):
+            return None
+        sizes = []
+        with torch.no_grad(), replayed():
+            torch.manual_seed(0)
+            for _ in range(_ESS_DRAWS):
+                program = program_of(loss, *self.program)
+                log_weights = loss._weigh(program, loss._num_runs, []).log_weights
+                sizes.append(effective_sample_size(loss._by_replicate(log_weights)).mean())
+        return float(torch.stack(sizes).mean())
+
+    def by_parameter(self, vector: np.ndarray) -> dict[str, np.ndarray]:
+        ends = np.cumsum([leaf.numel() for leaf in self.leaves.values()])[:-1]
+        return {
+            name: part.reshape(leaf.shape)
+            for (name, leaf), part in zip(self.leaves.items(), np.split(vector, ends), strict=True)
+        }
+
+    def _draw(self) -> Iterator[np.ndarray]:
+        leaves = list(self.leaves.values())
+        while True:
+            for leaf in leaves:
+                leaf.grad = None
+            self._backward()
+            yield -_flat([leaf.grad for leaf in leaves], leaves)[None]
+            self._forget()
+
+    def _backward(self) -> None:
+        model, guide, args, kwargs = self.program
+        self.loss.loss_and_grads(model, guide, *args, **kwargs)
+
+    def _clear(self) -> dict[str, Tensor | None]:
+        """Take the gradients off, to put them back later."""
+        kept = {}
+        for name, leaf in self.store.named_parameters():
+            kept[name], leaf.grad = leaf.grad, None
+        return kept
+
+    def _restore(self, kept: dict[str, Tensor | None]) -> None:
+        for name, leaf in self.store.named_parameters():
+            leaf.grad = kept.get(name)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Undo what a step does to entries of the store that are no parameters: running moments."""
+        for name in set(self.store.keys()) - set(getattr(self, "leaves", self.store.keys())):
+            if name in self.before:
+                self.store[name] = self.before[name]
+            else:
+                del self.store[name]
+
+
+def _flat(gradients: Any, leaves: list[Tensor]) -> np.ndarray:
+    parts = [
+        torch.zeros_like(leaf) if gradient is None else gradient
+        for gradient, leaf in zip(gradients, leaves, strict=True)
+    ]
+    return torch.cat([part.detach().reshape(-1) for part in parts]).cpu().double().numpy()

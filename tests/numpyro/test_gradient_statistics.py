@@ -1,0 +1,65 @@
+"""Measuring gradients: constraints, state, and networks, as SVI has them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from flax import linen
+from jax import random
+from numpyro.contrib.module import flax_module
+
+from numpyro_gradest import NVIL, VIMCO, compare_estimators, gradient_statistics
+
+
+def model():
+    z = numpyro.sample("z", dist.Bernoulli(0.3))
+    numpyro.sample("x", dist.Normal(3.0 * z, 1.0), obs=2.0)
+
+
+def guide():
+    positive = numpyro.param("odds", 1.5, constraint=dist.constraints.positive)
+    numpyro.sample("z", dist.Bernoulli(logits=jnp.log(positive)))
+
+
+def test_the_gradient_is_that_of_unconstrained_parameters():
+    options = {"num_draws": 2}
+    params = {"odds": 1.3}
+    measured = gradient_statistics(random.key(0), VIMCO(2), model, guide, params, **options)
+
+    def guide_of_logit():
+        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("odds", 0.0)))
+
+    params = {"odds": jnp.log(1.3)}
+    direct = gradient_statistics(random.key(0), VIMCO(2), model, guide_of_logit, params, **options)
+    np.testing.assert_allclose(measured.mean["odds"], direct.mean["odds"], rtol=1e-6)
+    np.testing.assert_allclose(
+        measured.mean["odds"] - measured.bias["odds"],
+        direct.mean["odds"] - direct.bias["odds"],
+        rtol=1e-6,
+    )
+
+
+def test_state_and_networks():
+    def baseline():
+        return flax_module("network", linen.Dense(1), input_shape=(1,))(jnp.ones(1))[0]
+
+    loss = NVIL(2, baseline=baseline)
+    moments = {"mean": -2.0, "variance": 4.0, "num_updates": 9.0}
+    state = jax.tree.map(jnp.asarray, {"odds": 1.5, "nvil": moments})
+    measured = gradient_statistics(
+        random.key(0), loss, model, loss.with_baseline(guide), state, num_draws=20
+    )
+    assert "odds" in measured.mean and len(measured.mean) == 3  # with the network's two
+    assert "nvil" not in measured.mean
+    assert measured.mean["odds"] != 0
+
+
+def test_functions_of_the_number_of_particles():
+    comparison = compare_estimators(
+        random.key(0), {"VIMCO": VIMCO}, model, guide, {}, num_particles=(2,), num_draws=5
+    )
+    assert [one.name for one in comparison.statistics] == ["VIMCO, K=2"]
+    with pytest.raises(ValueError, match="at least one loss"):
+        compare_estimators(random.key(0), {}, model, guide, {})

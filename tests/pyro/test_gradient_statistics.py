@@ -1,0 +1,61 @@
+"""Measuring gradients leaves nothing behind, and can be repeated."""
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_gradest import NVIL, VIMCO, compare_estimators, gradient_statistics
+
+
+def model():
+    z = pyro.sample("z", dist.Bernoulli(0.3))
+    pyro.sample("x", dist.Normal(3.0 * z, 1.0), obs=torch.tensor(2.0))
+
+
+def guide():
+    pyro.sample("z", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.1))))
+
+
+def test_nothing_is_left_behind():
+    loss = NVIL(2)
+    for _ in range(3):
+        loss.loss_and_grads(model, guide)
+    store = pyro.get_param_store()
+    leaf = dict(store.named_parameters())["logit"]
+    before = {name: value.detach().clone() for name, value in store.items()}
+    gradient, noise = leaf.grad.clone(), torch.get_rng_state()
+
+    first, second = (
+        gradient_statistics(loss, model, guide, num_draws=20, reference=None) for _ in range(2)
+    )
+
+    np.testing.assert_array_equal(first.mean["logit"], second.mean["logit"])
+    assert torch.equal(noise, torch.get_rng_state())
+    assert torch.equal(leaf.grad, gradient)
+    assert {name: value.item() for name, value in store.items()} == {
+        name: value.item() for name, value in before.items()
+    }
+
+
+def test_a_loss_that_keeps_its_state_starts_and_ends_without():
+    gradient_statistics(NVIL(2), model, guide, num_draws=5)
+    assert set(pyro.get_param_store().keys()) == {"logit"}
+
+
+def test_a_guide_without_parameters_is_refused():
+    with pytest.raises(ValueError, match="No parameter"):
+        gradient_statistics(
+            VIMCO(2), model, lambda: pyro.sample("z", dist.Bernoulli(0.4)), num_draws=5
+        )
+
+
+def test_functions_of_the_number_of_particles():
+    comparison = compare_estimators(
+        {"VIMCO": VIMCO}, model, guide, num_particles=(2, 3), num_draws=5
+    )
+    assert [one.name for one in comparison.statistics] == ["VIMCO, K=2", "VIMCO, K=3"]
+    assert [one.family for one in comparison.statistics] == ["VIMCO"] * 2
+    with pytest.raises(ValueError, match="at least one loss"):
+        compare_estimators({}, model, guide)
