@@ -2,8 +2,8 @@
 
 Two conditions make the reparameterised ELBO right at such a site, and what does not meet them is
 refused. Its draws follow its distribution exactly, for else the term of log q that depends on the
-parameters directly would not have mean zero; and log-probabilities are linear in the value, which
-is their only extension off the states that has the right gradient in the mean.
+parameters directly would not have mean zero; and log-probabilities are linear in the value, so that
+their gradient there says how they differ between states.
 """
 
 from collections.abc import Callable, Mapping

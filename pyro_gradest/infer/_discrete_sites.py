@@ -2,8 +2,8 @@
 
 Two conditions make the reparameterised ELBO right at such a site, and what does not meet them is
 refused. Its draws follow its distribution exactly, for else the term of log q that depends on the
-parameters directly would not have mean zero; and log-probabilities are linear in the value, which
-is their only extension off the states that has the right gradient in the mean.
+parameters directly would not have mean zero; and log-probabilities are linear in the value, so that
+their gradient there says how they differ between states.
 """
 
 from collections.abc import Callable, Mapping
@@ -272,12 +272,11 @@ def _adaptive_state(name: str, estimator: AdaptiveIMLE, theta: Tensor) -> Tensor
 
 
 def _update_state(name: str, estimator: AdaptiveIMLE, counts: Tensor) -> None:
-    store = get_param_store()
-    if counts.grad is None or (key := state_name(name)) not in store:
-        return
-    state = store[key].data
-    state.copy_(torch.stack(estimator.update(AdaptiveState(*state), counts.grad)))
+    store, gradient = get_param_store(), counts.grad
     counts.grad = None
+    if gradient is not None and (key := state_name(name)) in store:
+        state = store[key].data
+        state.copy_(torch.stack(estimator.update(AdaptiveState(*state), gradient)))
 
 
 def state_name(site: str) -> str:
