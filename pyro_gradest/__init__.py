@@ -2,7 +2,13 @@
 
 from pyro_gradest import estimators
 from pyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, check_implicit_fit
-from pyro_gradest.distributions import Implicit
+from pyro_gradest.distributions import (
+    Implicit,
+    KSubset,
+    PlackettLuce,
+    PlackettLuceSubset,
+    SpanningTree,
+)
 from pyro_gradest.infer import (
     IWAE,
     OVIS,
@@ -27,8 +33,12 @@ __all__ = [
     "ImplicitFitReport",
     "ImplicitSitesCheck",
     "ImportanceSamples",
+    "KSubset",
+    "PlackettLuce",
+    "PlackettLuceSubset",
     "ReweightedWakeSleep",
     "SemiImplicitELBO",
+    "SpanningTree",
     "check_implicit_fit",
     "estimators",
     "importance_samples",

@@ -1,5 +1,9 @@
 """Distributions that the host does not have."""
 
 from pyro_gradest.distributions.implicit import Implicit
+from pyro_gradest.distributions.k_subset import KSubset
+from pyro_gradest.distributions.plackett_luce import PlackettLuce
+from pyro_gradest.distributions.plackett_luce_subset import PlackettLuceSubset
+from pyro_gradest.distributions.spanning_tree import SpanningTree
 
-__all__ = ["Implicit"]
+__all__ = ["Implicit", "KSubset", "PlackettLuce", "PlackettLuceSubset", "SpanningTree"]
