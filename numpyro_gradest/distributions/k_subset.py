@@ -66,7 +66,7 @@ class KSubset(LinearFamily):
     def support(self) -> Any:
         return KHot(self.k)
 
-    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         assert is_prng_key(key)
         return subsets.draw(key, self.logits, self.k, tuple(sample_shape))
 

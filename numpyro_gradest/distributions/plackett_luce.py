@@ -62,7 +62,7 @@ class PlackettLuce(FromLogits):
         logits = jnp.broadcast_to(self.logits, shape)
         return plackett_luce.ranking_log_prob(logits, ranking)
 
-    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         assert is_prng_key(key)
         logits = jnp.broadcast_to(self.logits, self.shape(tuple(sample_shape)))
         return plackett_luce.draw_ranking(key, logits)

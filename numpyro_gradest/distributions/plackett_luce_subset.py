@@ -75,7 +75,7 @@ class PlackettLuceSubset(FromLogits):
         logits = jnp.broadcast_to(self.logits, shape)
         return plackett_luce.subset_log_prob(logits, subset, self.k)
 
-    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         assert is_prng_key(key)
         logits = jnp.broadcast_to(self.logits, self.shape(tuple(sample_shape)))
         return plackett_luce.draw_subset(key, logits, self.k)

@@ -73,7 +73,7 @@ class SpanningTree(LinearFamily):
                 f"entries that differ by {gap.max():.3g}. Pass (logits + logits.mT) / 2."
             )
 
-    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         assert is_prng_key(key)
         return trees.draw(key, self.logits, tuple(sample_shape))
 
