@@ -24,6 +24,12 @@ from numpyro_gradest.diagnostics import (
     plot_snr_against_particles,
     plot_snr_per_second,
 from numpyro_gradest.distributions import Implicit
+from numpyro_gradest.distributions import (
+    Implicit,
+    KSubset,
+    PlackettLuce,
+    PlackettLuceSubset,
+    SpanningTree,
 from numpyro_gradest.infer import (
     IWAE,
     NVIL,
@@ -67,6 +73,10 @@ __all__ = [
     "SemiImplicitELBO",
     "StraightThrough",
     "adapt_imle",
+    "KSubset",
+    "PlackettLuce",
+    "PlackettLuceSubset",
+    "SpanningTree",
     "check_implicit_fit",
     "compare_estimators",
     "estimators",

@@ -24,6 +24,12 @@ from pyro_gradest.diagnostics import (
     plot_snr_against_particles,
     plot_snr_per_second,
 from pyro_gradest.distributions import Implicit
+from pyro_gradest.distributions import (
+    Implicit,
+    KSubset,
+    PlackettLuce,
+    PlackettLuceSubset,
+    SpanningTree,
 from pyro_gradest.infer import (
     IWAE,
     NVIL,
@@ -66,6 +72,10 @@ __all__ = [
     "ReweightedWakeSleep",
     "SemiImplicitELBO",
     "StraightThrough",
+    "KSubset",
+    "PlackettLuce",
+    "PlackettLuceSubset",
+    "SpanningTree",
     "check_implicit_fit",
     "compare_estimators",
     "estimators",

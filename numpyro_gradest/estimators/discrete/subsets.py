@@ -27,10 +27,15 @@ def marginals(theta: Float[Array, " *batch n"], num_ones: int) -> Float[Array, "
     return jax.grad(lambda theta: jnp.sum(log_partition(theta, num_ones)))(theta)
 
 
-def draw(key: Array, theta: Float[Array, " *batch n"], num_ones: int) -> Float[Array, " *batch n"]:
-    """One subset for each batch element, exactly from the family."""
+def draw(
+    key: Array,
+    theta: Float[Array, " *batch n"],
+    num_ones: int,
+    sample_shape: tuple[int, ...] = (),
+) -> Float[Array, " *samples_batch n"]:
+    """Subsets ``[*sample_shape, *batch, n]``, exactly from the family."""
     tree = _tree(jax.lax.stop_gradient(theta), num_ones)
-    counts = jnp.full((*theta.shape[:-1], 1), num_ones)
+    counts = jnp.full((*sample_shape, *theta.shape[:-1], 1), num_ones)
     keys = jax.random.split(key, len(tree))
     for key, level in zip(keys, reversed(tree[:-1]), strict=False):
         left, right = level[..., 0::2, :], level[..., 1::2, :]

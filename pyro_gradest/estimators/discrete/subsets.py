@@ -28,11 +28,14 @@ def marginals(theta: Float[Tensor, " *batch n"], num_ones: int) -> Float[Tensor,
 
 
 def draw(
-    theta: Float[Tensor, " *batch n"], num_ones: int, generator: torch.Generator | None
-) -> Float[Tensor, " *batch n"]:
-    """One subset for each batch element, exactly from the family."""
+    theta: Float[Tensor, " *batch n"],
+    num_ones: int,
+    generator: torch.Generator | None,
+    sample_shape: tuple[int, ...] = (),
+) -> Float[Tensor, " *samples_batch n"]:
+    """Subsets ``[*sample_shape, *batch, n]``, exactly from the family."""
     tree = _tree(theta.detach(), num_ones)
-    counts = torch.full((*theta.shape[:-1], 1), num_ones, device=theta.device)
+    counts = torch.full((*sample_shape, *theta.shape[:-1], 1), num_ones, device=theta.device)
     for level in reversed(tree[:-1]):
         left, right = level[..., 0::2, :], level[..., 1::2, :]
         others = counts[..., None] - torch.arange(left.shape[-1], device=theta.device)
