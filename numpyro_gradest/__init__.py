@@ -1,17 +1,6 @@
 """Gradient estimators for variational inference in NumPyro."""
 
 from numpyro_gradest import estimators
-from numpyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, check_implicit_fit
-from numpyro_gradest.distributions import Implicit, OneHotCategorical, PerturbAndMAP
-from numpyro_gradest.estimators import (
-    IMLE,
-    SIMPLE,
-    AdaptiveIMLE,
-    GumbelSoftmaxST,
-    ReinMax,
-    StraightThrough,
-)
-from numpyro_gradest.handlers import adapt_imle, imle
 from numpyro_gradest.diagnostics import (
     EstimatorComparison,
     GradientStatistics,
@@ -23,13 +12,25 @@ from numpyro_gradest.diagnostics import (
     plot_bias_and_variance,
     plot_snr_against_particles,
     plot_snr_per_second,
-from numpyro_gradest.distributions import Implicit
+)
 from numpyro_gradest.distributions import (
     Implicit,
     KSubset,
+    OneHotCategorical,
+    PerturbAndMAP,
     PlackettLuce,
     PlackettLuceSubset,
     SpanningTree,
+)
+from numpyro_gradest.estimators import (
+    IMLE,
+    SIMPLE,
+    AdaptiveIMLE,
+    GumbelSoftmaxST,
+    ReinMax,
+    StraightThrough,
+)
+from numpyro_gradest.handlers import adapt_imle, imle
 from numpyro_gradest.infer import (
     IWAE,
     NVIL,
@@ -58,30 +59,30 @@ __all__ = [
     "VIMCO",
     "AdaptiveIMLE",
     "AutoImplicit",
-    "GumbelSoftmaxST",
     "EstimatorComparison",
     "GradientStatistics",
+    "GumbelSoftmaxST",
     "Implicit",
     "ImplicitELBO",
     "ImplicitFitReport",
     "ImplicitSitesCheck",
     "ImportanceSamples",
+    "KSubset",
     "OneHotCategorical",
     "PerturbAndMAP",
+    "PlackettLuce",
+    "PlackettLuceSubset",
     "ReinMax",
     "ReweightedWakeSleep",
     "SemiImplicitELBO",
+    "SpanningTree",
     "StraightThrough",
     "adapt_imle",
-    "KSubset",
-    "PlackettLuce",
-    "PlackettLuceSubset",
-    "SpanningTree",
     "check_implicit_fit",
     "compare_estimators",
     "estimators",
-    "imle",
     "gradient_statistics",
+    "imle",
     "importance_samples",
     "plot_bias_and_variance",
     "plot_snr_against_particles",

@@ -1,17 +1,6 @@
 """Gradient estimators for variational inference in Pyro."""
 
 from pyro_gradest import estimators
-from pyro_gradest.diagnostics import ImplicitFitReport, ImplicitSitesCheck, check_implicit_fit
-from pyro_gradest.distributions import Implicit, OneHotCategorical, PerturbAndMAP
-from pyro_gradest.estimators import (
-    IMLE,
-    SIMPLE,
-    AdaptiveIMLE,
-    GumbelSoftmaxST,
-    ReinMax,
-    StraightThrough,
-)
-from pyro_gradest.handlers import imle
 from pyro_gradest.diagnostics import (
     EstimatorComparison,
     GradientStatistics,
@@ -23,13 +12,25 @@ from pyro_gradest.diagnostics import (
     plot_bias_and_variance,
     plot_snr_against_particles,
     plot_snr_per_second,
-from pyro_gradest.distributions import Implicit
+)
 from pyro_gradest.distributions import (
     Implicit,
     KSubset,
+    OneHotCategorical,
+    PerturbAndMAP,
     PlackettLuce,
     PlackettLuceSubset,
     SpanningTree,
+)
+from pyro_gradest.estimators import (
+    IMLE,
+    SIMPLE,
+    AdaptiveIMLE,
+    GumbelSoftmaxST,
+    ReinMax,
+    StraightThrough,
+)
+from pyro_gradest.handlers import imle
 from pyro_gradest.infer import (
     IWAE,
     NVIL,
@@ -58,29 +59,29 @@ __all__ = [
     "VIMCO",
     "AdaptiveIMLE",
     "AutoImplicit",
-    "GumbelSoftmaxST",
     "EstimatorComparison",
     "GradientStatistics",
+    "GumbelSoftmaxST",
     "Implicit",
     "ImplicitELBO",
     "ImplicitFitReport",
     "ImplicitSitesCheck",
     "ImportanceSamples",
+    "KSubset",
     "OneHotCategorical",
     "PerturbAndMAP",
+    "PlackettLuce",
+    "PlackettLuceSubset",
     "ReinMax",
     "ReweightedWakeSleep",
     "SemiImplicitELBO",
-    "StraightThrough",
-    "KSubset",
-    "PlackettLuce",
-    "PlackettLuceSubset",
     "SpanningTree",
+    "StraightThrough",
     "check_implicit_fit",
     "compare_estimators",
     "estimators",
-    "imle",
     "gradient_statistics",
+    "imle",
     "importance_samples",
     "plot_bias_and_variance",
     "plot_snr_against_particles",

@@ -171,17 +171,26 @@ KNOWN_GAPS = [
             "parameter generator only in pyro_gradest": "torch's come from a generator.",
         }.items()
     ),
+    # Gradients that are measured.
+    *(
         Gap(f"diagnostics.gradient_statistics.{function}", difference, reason)
         for function in ("gradient_statistics", "compare_estimators")
+        for difference, reason in {
             "parameter rng_key only in numpyro_gradest": "NumPyro's random numbers come from an "
             "explicit key.",
             "parameter params only in numpyro_gradest": "Pyro's parameters are in its store.",
+        }.items()
+    ),
+    Gap(
         "diagnostics.gradient_statistics.gradient_statistics",
         "parameter seed only in pyro_gradest",
         "Stands for NumPyro's key: the draws are repeatable, and torch's generator left alone.",
+    ),
+    Gap(
         "diagnostics.gradient_statistics.gradient_statistics",
         "parameter batch_size only in numpyro_gradest",
         "Pyro's losses run backward themselves, one gradient at a time.",
+    ),
     # Functions that draw from a fitted guide.
     *(
         Gap(function, difference, reason)

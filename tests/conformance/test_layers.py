@@ -22,7 +22,6 @@ ARRAYS = {"pyro": {"torch"}, "numpyro": {"jax"}}
 EVERYWHERE = {"numpy", "scipy", "jaxtyping", *sys.stdlib_module_names}
 # What comes with both hosts, and what is imported where something is drawn or tabulated.
 IN_DIAGNOSTICS = {"tqdm", "matplotlib", "pandas"}
-EVERYWHERE = {"numpy", "jaxtyping", *sys.stdlib_module_names}
 
 # The modules of infer/ that may run a program under a trace and read the trace's sites.
 SEAM = (
