@@ -48,8 +48,9 @@ def gradient_statistics(
     - The directional one is, averaged over draws, the squared length of the gradient along the
       mean gradient over that across it.
     - The bias is measured against the exact gradient where all draws of the guide are discrete and
-      few; else, for what is biased by design, against a long run of its unbiased sibling; or
-      against a long run of the loss passed as ``reference``.
+      few (not of a loss that scales its gradient, as :class:`NVIL` does); else, for what is biased
+      by design, against a long run of its unbiased sibling; or against a long run of the loss
+      passed as ``reference``.
 
     Args:
         rng_key: Random key of all draws.
@@ -114,7 +115,9 @@ def gradient_statistics(
     num_particles = getattr(loss, "num_particles", None)
     name = name or f"{type(loss).__name__}({'' if num_particles is None else num_particles})"
     gradients = _Gradients(loss, model, guide, params, args, kwargs, rng_key)
-    exact = gradients.exact() if reference == "auto" else None
+    # NVIL's running variance scales the gradient: its length is no bias.
+    is_rescaled = getattr(loss, "normalize_variance", False)
+    exact = gradients.exact() if reference == "auto" and not is_rescaled else None
     options: dict[str, Any] = {"progress_bar": progress_bar, "batch_size": batch_size}
     draw_key, reference_key = jax.random.split(rng_key)
     moments = gradients.measure(draw_key, num_draws, direction=exact, name=name, **options)

@@ -50,8 +50,9 @@ def gradient_statistics(
     - The directional one is, averaged over draws, the squared length of the gradient along the
       mean gradient over that across it.
     - The bias is measured against the exact gradient where all draws of the guide are discrete and
-      few; else, for what is biased by design, against a long run of its unbiased sibling; or
-      against a long run of the loss passed as ``reference``.
+      few (not of a loss that scales its gradient, as :class:`NVIL` does); else, for what is biased
+      by design, against a long run of its unbiased sibling; or against a long run of the loss
+      passed as ``reference``.
 
     Args:
         loss: Any loss of this package or of Pyro.
@@ -111,7 +112,9 @@ def gradient_statistics(
     num_particles = getattr(loss, "num_particles", None)
     name = name or f"{type(loss).__name__}({'' if num_particles is None else num_particles})"
     gradients = _Gradients(loss, model, guide, args, kwargs)
-    exact = gradients.exact() if reference == "auto" else None
+    # NVIL's running variance scales the gradient: its length is no bias.
+    is_rescaled = getattr(loss, "normalize_variance", False)
+    exact = gradients.exact() if reference == "auto" and not is_rescaled else None
     options: dict[str, Any] = {"progress_bar": progress_bar, "seed": seed}
     moments = gradients.measure(num_draws, direction=exact, name=name, **options)
 

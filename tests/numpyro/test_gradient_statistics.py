@@ -54,6 +54,7 @@ def test_state_and_networks():
     assert "odds" in measured.mean and len(measured.mean) == 3  # with the network's two
     assert "nvil" not in measured.mean
     assert measured.mean["odds"] != 0
+    assert measured.bias is None  # a scaled gradient has another length
 
 
 def test_functions_of_the_number_of_particles():
