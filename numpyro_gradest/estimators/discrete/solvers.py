@@ -100,7 +100,8 @@ def numpy_solver(
         Unbiased: states are what ``function`` returns.
 
     Cost:
-        One call per datum, one after the other, on the CPU.
+        One call per datum, one after the other, on the CPU. Compiled code
+        calls back to the host for it.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np

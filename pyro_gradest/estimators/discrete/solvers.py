@@ -101,7 +101,8 @@ def numpy_solver(
         Unbiased: states are what ``function`` returns.
 
     Cost:
-        One call per datum, one after the other, on the CPU.
+        One call per datum, one after the other, on the CPU. ``torch.compile``
+        breaks the graph there.
 
     Example:
         >>> import numpy as np, torch
