@@ -30,17 +30,37 @@ def test_example(host: str) -> None:
 def test_implicit_example(host: str) -> None:
     """In fifteen lines; it goes on where the first example ended."""
     require_host(host)
-    (first,), (example,) = (
-        _blocks(f"import {host}\n"),
-        _blocks(f"from {host}_gradest import Implicit,"),
-    )
+    (example,) = _blocks(f"from {host}_gradest import Implicit,")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
+    names = _after_the_first(host)
+    exec(example, names)
+    # The evidence is 1: what is left is the entropy's error and the approximation.
+    losses = names["implicit_result"].losses if host == "numpyro" else names["implicit_losses"]
+    assert abs(sum(float(loss) for loss in losses[-100:]) / 100) < 0.3
+
+
+@pytest.mark.usefixtures("user_defaults")
+@pytest.mark.filterwarnings("ignore:.*does not support models with discrete")
+@pytest.mark.parametrize("host", ["numpyro", "pyro"])
+def test_solver_example(host: str) -> None:
+    """It goes on where the first example ended."""
+    require_host(host)
+    (example,) = _blocks(f"from {host}_gradest.estimators import numpy_solver")
+    names = _after_the_first(host)
+    exec(example, names)
+    if host == "numpyro":
+        share = names["draws"]["z"].mean(0)
+    else:
+        share = sum(names["window_guide"](None) for _ in range(300)) / 300
+    assert (share > 0.5).tolist() == [False, False, False, True, True, False]
+
+
+def _after_the_first(host: str) -> dict:
+    """The names that the imports of the first example bring."""
+    (first,) = _blocks(f"import {host}\n")
     names: dict = {}
     imports = [line for line in first.splitlines() if line.startswith(("import", "from"))]
     exec("\n".join(imports), names)
     if host == "pyro":
         names["pyro"].set_rng_seed(0)
-    exec(example, names)
-    # The evidence is 1: what is left is the entropy's error and the approximation.
-    losses = names["implicit_result"].losses if host == "numpyro" else names["implicit_losses"]
-    assert abs(sum(float(loss) for loss in losses[-100:]) / 100) < 0.3
+    return names
