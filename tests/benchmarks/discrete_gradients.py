@@ -195,7 +195,7 @@ def study(host: Any, draws: int) -> Iterator[tuple[str, str, dict[str, float]]]:
         "GumbelSoftmaxST": e.GumbelSoftmaxST(),
         "SIMPLE": e.SIMPLE(),
     }
-    chunk = 20_000
+    chunk = min(20_000, draws)
     rows = np.broadcast_to(theta, (chunk, N)).copy()
     for name, value in values.items():
         laws = {law: derivatives(law, theta) for law in (plackett_luce, exponential_family)}
