@@ -31,7 +31,7 @@ def coinciding_far_away(rng):
 
 
 def all_but_one_coincide(rng):
-    samples = np.full((50, 2), 0.1)
+    samples = np.full((20, 2), 0.1)
     samples[-1] = 1.0
     return samples
 
@@ -61,7 +61,7 @@ def huge(rng):
 
 
 def of_different_scales(rng):
-    return rng.normal(size=(20, 3)) * np.array([1e-3, 1.0, 1e3])
+    return rng.normal(size=(20, 2)) * np.array([1e-3, 1e3])
 
 
 def with_an_outlier(rng):
