@@ -4,7 +4,8 @@
 #   make test                     lint, types and every test
 #   make lint                     lint and types only
 #   make bench                    time, memory and gradient noise, as ratios within one run
-#   make snr                      signal-to-noise ratio against the number of particles
+#   make snr                      signal-to-noise ratio and variance against the number of particles
+#   make table                    exact bias and variance, into docs/bias_and_variance.md
 #   make tutorials                run the notebooks at full length and keep their outputs
 
 PYTHON ?= python3
@@ -29,7 +30,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
 # The environment is .venv alone, whatever the caller's shell has on its path.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: quickstart test lint bench snr tutorials
+.PHONY: quickstart test lint bench snr table tutorials
 
 quickstart: $(STAMP)
 	$(BIN)/python tutorials/quickstart.py --host $(HOST)
@@ -47,6 +48,9 @@ bench: $(STAMP)
 
 snr: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.snr_gaussian_toy
+
+table: $(STAMP)
+	$(BIN)/python -m tests.benchmarks.bias_and_variance
 
 tutorials: $(STAMP)
 	$(BIN)/python tutorials/execute.py

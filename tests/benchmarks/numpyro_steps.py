@@ -5,6 +5,7 @@ Prints one line of JSON; ``python -m tests.benchmarks`` runs it with one thread 
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +14,18 @@ import optax
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import ELBO, SVI
 
-from numpyro_gradest import IWAE, OVIS, VIMCO
+from numpyro_gradest import IWAE, NVIL, OVIS, TVO, VIMCO
 from numpyro_gradest.estimators import (
     normalized_weights,
     ovis_gamma_learning_signal,
     vimco_learning_signal,
 )
-from tests.benchmarks import handwritten_jax
+from tests.benchmarks import handwritten_jax, vae_numpyro
 from tests.benchmarks.settings import (
     BATCH_SIZE,
     LAYER_1_SHAPE,
     LEARNING_RATE,
+    NUM_AUXILIARY,
     NUM_GRADIENT_DRAWS,
     NUM_PARTICLES,
     NUM_ROUNDS,
@@ -36,9 +38,12 @@ DIGITS = load_digits()
 NETWORK = SigmoidBeliefNetwork(DIGITS.pixel_logits)
 
 
-def svi_step(objective: ELBO, batch: jax.Array) -> Callable[[], None]:
+def svi_step(objective: ELBO, batch: jax.Array, programs: Any = NETWORK) -> Callable[[], None]:
     """A jitted ``svi.update``."""
-    svi = SVI(NETWORK.model, NETWORK.guide, optax.adam(LEARNING_RATE), loss=objective)
+    guide = programs.guide
+    if isinstance(objective, NVIL):
+        guide = objective.with_baseline(guide)
+    svi = SVI(programs.model, guide, optax.adam(LEARNING_RATE), loss=objective)
     state = svi.init(jax.random.key(0), batch)
     update = jax.jit(svi.update)
 
@@ -114,6 +119,15 @@ def main() -> None:
             "OVIS": OVIS(num_particles),
         }
         steps = {name: svi_step(objective, batch) for name, objective in objectives.items()}
+        further = {
+            "NVIL": NVIL(num_particles),
+            "TVO": TVO(num_particles),
+            "OVIS-MC": OVIS(num_particles, num_auxiliary=NUM_AUXILIARY),
+        }
+        steps |= {name: svi_step(objective, batch) for name, objective in further.items()}
+        for reparam in ("pathwise", "dreg"):
+            objective = IWAE(num_particles, reparam=reparam)
+            steps[reparam] = svi_step(objective, batch, vae_numpyro)
         steps["handwritten"] = handwritten_step(num_particles, batch)
         results["steps"][num_particles] = interleaved_seconds(steps, rounds=NUM_ROUNDS)
         results["noise"][num_particles] = {

@@ -5,6 +5,7 @@ Prints one line of JSON; ``python -m tests.benchmarks`` runs it with one thread 
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pyro
@@ -12,7 +13,7 @@ import torch
 from pyro.infer import ELBO, SVI, RenyiELBO
 from torch.nn.utils import parameters_to_vector
 
-from pyro_gradest import IWAE, OVIS, VIMCO
+from pyro_gradest import IWAE, NVIL, OVIS, TVO, VIMCO
 from pyro_gradest.estimators import (
     normalized_weights,
     ovis_gamma_learning_signal,
@@ -23,11 +24,13 @@ from tests.benchmarks.settings import (
     BATCH_SIZE,
     LAYER_1_SHAPE,
     LEARNING_RATE,
+    NUM_AUXILIARY,
     NUM_GRADIENT_DRAWS,
     NUM_PARTICLES,
     NUM_ROUNDS,
 )
 from tests.benchmarks.timing import interleaved_seconds
+from tests.benchmarks.vae_pyro import VariationalAutoencoder
 from tutorials.digits import load_digits
 from tutorials.sbn_pyro import OPTIONS, SigmoidBeliefNetwork
 
@@ -37,10 +40,10 @@ DIGITS = load_digits()
 NETWORK = SigmoidBeliefNetwork(DIGITS.pixel_logits)
 
 
-def svi_step(objective: ELBO, batch: torch.Tensor) -> Callable[[], None]:
+def svi_step(objective: ELBO, batch: torch.Tensor, programs: Any = NETWORK) -> Callable[[], None]:
     """``svi.step``, with the validation that Pyro has on by default."""
     optimizer = pyro.optim.Adam({"lr": LEARNING_RATE})
-    svi = SVI(NETWORK.model, NETWORK.guide, optimizer, loss=objective)
+    svi = SVI(programs.model, programs.guide, optimizer, loss=objective)
     return lambda: svi.step(batch) and None
 
 
@@ -90,6 +93,7 @@ def layer_1_steps() -> dict[str, Callable[[], None]]:
 
 def main() -> None:
     batch = torch.as_tensor(DIGITS.train[:BATCH_SIZE])
+    autoencoder = VariationalAutoencoder(batch.shape[-1])
     results: dict = {"steps": {}, "noise": {}}
     for num_particles in NUM_PARTICLES:
         objectives = {
@@ -98,6 +102,15 @@ def main() -> None:
             "OVIS": OVIS(num_particles, **OPTIONS),
         }
         steps = {name: svi_step(objective, batch) for name, objective in objectives.items()}
+        further = {
+            "NVIL": NVIL(num_particles, **OPTIONS),
+            "TVO": TVO(num_particles, **OPTIONS),
+            "OVIS-MC": OVIS(num_particles, num_auxiliary=NUM_AUXILIARY, **OPTIONS),
+        }
+        steps |= {name: svi_step(objective, batch) for name, objective in further.items()}
+        for reparam in ("pathwise", "dreg"):
+            objective = IWAE(num_particles, reparam=reparam, **OPTIONS)
+            steps[reparam] = svi_step(objective, batch, autoencoder)
         steps["OVIS, no validation"] = without_validation(steps["OVIS"])
         steps["handwritten"] = handwritten_step(num_particles, batch)
         renyi = RenyiELBO(alpha=0.0, num_particles=num_particles, **OPTIONS)

@@ -9,3 +9,5 @@ LAYER_1_SHAPE = (64, 1000)
 """[K, batch]: 64 particles for each of 1,000 images."""
 MEMORY_PARTICLES = (1_000, 100_000)
 MEMORY_CHUNK = 500
+NUM_AUXILIARY = 10
+"""Of OVIS by Monte Carlo."""

@@ -303,7 +303,8 @@ def _as_partition(caller: str, partition: Partition) -> Float[Tensor, " J"]:
     if isinstance(partition, Tensor):
         return partition.detach()
     check_partition(caller, partition)
-    return torch.tensor(list(partition))
+    # Not the default dtype, which may be coarser than that of the log-weights.
+    return torch.tensor(list(partition), dtype=torch.float64)
 
 
 def check_partition(caller: str, partition: Sequence[float]) -> None:
