@@ -46,7 +46,7 @@ def score_draws(
     wanted = None
     if reference is not None:
         traces = trace_particle(program, draw_key)
-        wanted = jax.jit(jax.vmap(partial(_groups_at, *traces)))(_checked(reference, traces[1]))
+        wanted = jax.jit(jax.vmap(partial(_groups_at, *traces)))(_checked(reference, *traces))
     groups = []
     for sites, group in drawn.items():
         weight = group.weight[0].reshape(-1)
@@ -71,6 +71,12 @@ def score_draws(
                 f"The model's score at a draw of the implicit sites {list(each.sites)} is not "
                 "finite: the draw is not, or it lies outside of the model's support. Check the "
                 "guide's parameters."
+            )
+        if each.reference is not None and not jnp.isfinite(each.reference).all():
+            raise ValueError(
+                f"A reference draw of the implicit sites {list(each.sites)} is not finite in "
+                "unconstrained space: it is not finite itself, or it lies outside or on the edge "
+                "of the model's support. Leave such draws out at all sites."
             )
     return groups
 
@@ -121,30 +127,60 @@ def _scaled_log_prob(name: str, site: Site) -> Array:
 def _groups_at(model_trace: Trace, guide_trace: Trace, values: dict[str, Array]) -> dict:
     """The groups with other values, which are constrained, in the place of the draws."""
     unconstrained = {
-        name: biject_to(model_trace.get(name, guide_trace[name])["fn"].support).inv(value)
+        name: _unconstrained(model_trace.get(name, guide_trace[name]), value)
         for name, value in values.items()
     }
     return implicit_groups(_with_implicit(guide_trace, unconstrained))
 
 
-def _checked(reference: dict[str, Array], guide_trace: Trace) -> dict[str, Array]:
+def _checked(
+    reference: dict[str, Array], model_trace: Trace, guide_trace: Trace
+) -> dict[str, Array]:
     """Reference draws of the implicit sites, and of no other."""
     implicit = {name: site for name, site in samples(guide_trace) if "implicit" in site}
     checked = {}
     for name, site in implicit.items():
+        parts = site["infer"].get("joins", ())
+        if parts and name not in reference:
+            drawn = _draws_at({part: guide_trace[part] for part in parts}, reference)
+            drawn = {part: _unconstrained(model_trace[part], drawn[part]) for part in parts}
+            flat = [values.reshape(len(values), -1) for values in drawn.values()]
+            checked[name] = jnp.concatenate(flat, axis=-1)
+        else:
+            checked[name] = _draws_at({name: site}, reference)[name]
+    _check_same_number(checked)
+    return checked
+
+
+def _draws_at(sites: dict[str, Site], reference: dict[str, Array]) -> dict[str, Array]:
+    drawn = {}
+    for name, site in sites.items():
         if name not in reference:
             raise ValueError(
-                f"Reference draws need every implicit site, {sorted(implicit)}, but {name!r} is "
-                f"not among {sorted(reference)}."
+                f"Reference draws need every implicit site, or every latent that one joins, but "
+                f"{name!r} is not among {sorted(reference)}."
             )
-        drawn, shape = jnp.asarray(reference[name]), jnp.shape(site["value"])
-        if drawn.shape[1:] != shape or len(drawn) < 2:
+        drawn[name], shape = jnp.asarray(reference[name]), jnp.shape(site["value"])
+        if drawn[name].shape[1:] != shape or len(drawn[name]) < 2:
             raise ValueError(
                 f"Reference draws of site {name!r} need the shape [R >= 2, *{shape}], got "
-                f"{drawn.shape}."
+                f"{drawn[name].shape}."
             )
-        checked[name] = drawn.astype(site["value"].dtype)
-    return checked
+        drawn[name] = drawn[name].astype(site["value"].dtype)
+    _check_same_number(drawn)
+    return drawn
+
+
+def _check_same_number(drawn: dict[str, Array]) -> None:
+    numbers = {name: len(values) for name, values in drawn.items()}
+    if len(set(numbers.values())) > 1:
+        raise ValueError(
+            f"Reference draws are joint and need the same number R at every site, got {numbers}."
+        )
+
+
+def _unconstrained(site: Site, values: Array) -> Array:
+    return biject_to(site["fn"].support).inv(values)
 
 
 def _refuse_subsample(trace: Trace) -> None:

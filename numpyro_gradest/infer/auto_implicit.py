@@ -115,7 +115,8 @@ class AutoImplicit(AutoContinuous):
             infer={"is_auxiliary": True},
         )
         latent = Implicit(self._push(noise), event_dim=1)
-        return numpyro.sample(f"_{self.prefix}_latent", latent, infer={"is_auxiliary": True})
+        infer = {"is_auxiliary": True, "joins": tuple(self._init_locs)}
+        return numpyro.sample(f"_{self.prefix}_latent", latent, infer=infer)
 
     def _push(self, noise: Float[Array, " *sample E"]) -> Float[Array, " *sample D"]:
         num_noise, name = noise.shape[-1], f"{self.prefix}_{{}}".format

@@ -66,7 +66,9 @@ def check_implicit_fit(
         num_samples: N, the number of draws to look at, rounded up to a multiple of K; take 50 per
             dimension of the implicit sites of one plate element.
         score_estimator: As in the objective.
-        reference: Draws from the posterior to compare with, by site, ``[R, *site shape]``.
+        reference: Draws from the posterior to compare with, by site, ``[R, *site shape]``: what the
+            host's ``MCMC(...).get_samples()`` returns. With :class:`AutoImplicit` too, whose one
+            implicit site joins all latents. Other sites are left out.
         max_plate_nesting: As in the host's ELBO; guessed if left out.
         vectorize_particles: As in the host's ELBO: run all draws at once.
         kwargs: Keyword arguments of model and guide.
@@ -78,7 +80,7 @@ def check_implicit_fit(
         TypeError: If a number is not an integer.
         ValueError: If a number is too small, the guide has no implicit site or one that
             :class:`ImplicitELBO` refuses, a plate is subsampled, a draw or its score is not finite,
-            or the reference draws lack a site or have another shape.
+            or the reference draws lack a site, differ in number or have another shape.
 
     Bias and variance:
         Each figure is asymptotically unbiased in K of its draws, but for the shrinkage, which is

@@ -16,7 +16,7 @@ from pyro_gradest.infer._implicit import (
     to_constrained,
     weight_of,
 )
-from pyro_gradest.infer._sites import Trace, is_auxiliary, is_deterministic, samples
+from pyro_gradest.infer._sites import Site, Trace, is_auxiliary, is_deterministic, samples
 from pyro_gradest.infer._trace import (
     Program,
     ShareSubsamples,
@@ -47,7 +47,7 @@ def score_draws(
     wanted: list[ImplicitGroup | None] = [None] * len(drawn)
     if reference is not None:
         traces = trace_particles(program, 1)
-        checked = _checked(reference, traces[1])
+        checked = _checked(reference, *traces)
         rows = [dict(zip(checked, row, strict=True)) for row in zip(*checked.values(), strict=True)]
         wanted = list(concatenate_groups([_groups_at(*traces, row) for row in rows]))
     groups = []
@@ -74,6 +74,12 @@ def score_draws(
                 f"The model's score at a draw of the implicit sites {list(each.sites)} is not "
                 "finite: the draw is not, or it lies outside of the model's support. Check the "
                 "guide's parameters."
+            )
+        if each.reference is not None and not torch.isfinite(each.reference).all():
+            raise ValueError(
+                f"A reference draw of the implicit sites {list(each.sites)} is not finite in "
+                "unconstrained space: it is not finite itself, or it lies outside or on the edge "
+                "of the model's support. Leave such draws out at all sites."
             )
     return groups
 
@@ -134,29 +140,58 @@ def _groups_at(
     model_sites = dict(samples(model_trace))
     for name, site in samples(guide_trace):
         if name in values:
-            transform = to_constrained((model_sites.get(name) or site)["fn"])
-            site["implicit"] = transform.inv(values[name])
+            site["implicit"] = _unconstrained(model_sites.get(name) or site, values[name])
     return implicit_groups(guide_trace, 1)
 
 
-def _checked(reference: dict[str, Tensor], guide_trace: Trace) -> dict[str, Tensor]:
+def _checked(
+    reference: dict[str, Tensor], model_trace: Trace, guide_trace: Trace
+) -> dict[str, Tensor]:
     """Reference draws of the implicit sites, and of no other."""
     implicit = {name: site for name, site in samples(guide_trace) if "implicit" in site}
     checked = {}
     for name, site in implicit.items():
+        parts = (site["infer"] or {}).get("joins", ())
+        if parts and name not in reference:
+            drawn = _draws_at({part: guide_trace.nodes[part] for part in parts}, reference)
+            drawn = {part: _unconstrained(model_trace.nodes[part], drawn[part]) for part in parts}
+            flat = [values.reshape(len(values), -1) for values in drawn.values()]
+            checked[name] = torch.cat(flat, dim=-1)
+        else:
+            checked[name] = _draws_at({name: site}, reference)[name]
+    _check_same_number(checked)
+    return checked
+
+
+def _draws_at(sites: dict[str, Site], reference: dict[str, Tensor]) -> dict[str, Tensor]:
+    drawn = {}
+    for name, site in sites.items():
         if name not in reference:
             raise ValueError(
-                f"Reference draws need every implicit site, {sorted(implicit)}, but {name!r} is "
-                f"not among {sorted(reference)}."
+                f"Reference draws need every implicit site, or every latent that one joins, but "
+                f"{name!r} is not among {sorted(reference)}."
             )
-        drawn, shape = torch.as_tensor(reference[name]), tuple(site["value"].shape)
-        if tuple(drawn.shape[1:]) != shape or len(drawn) < 2:
+        drawn[name], shape = torch.as_tensor(reference[name]), tuple(site["value"].shape)
+        if tuple(drawn[name].shape[1:]) != shape or len(drawn[name]) < 2:
             raise ValueError(
                 f"Reference draws of site {name!r} need the shape [R >= 2, *{shape}], got "
-                f"{tuple(drawn.shape)}."
+                f"{tuple(drawn[name].shape)}."
             )
-        checked[name] = drawn.to(site["value"])
-    return checked
+        drawn[name] = drawn[name].to(site["value"])
+    _check_same_number(drawn)
+    return drawn
+
+
+def _check_same_number(drawn: dict[str, Tensor]) -> None:
+    numbers = {name: len(values) for name, values in drawn.items()}
+    if len(set(numbers.values())) > 1:
+        raise ValueError(
+            f"Reference draws are joint and need the same number R at every site, got {numbers}."
+        )
+
+
+def _unconstrained(site: Site, values: Tensor) -> Tensor:
+    return to_constrained(site["fn"]).inv(values)
 
 
 def _refuse_subsample(*traces: Trace) -> None:

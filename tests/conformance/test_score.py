@@ -467,6 +467,18 @@ def test_fewer_samples_than_dimensions_give_a_warning_with_the_rule(backend, est
     assert np.isfinite(backend.numpy(scores)).all()
 
 
+def test_what_is_made_of_an_estimate_does_not_repeat_its_warning(backend):
+    samples = backend.array(np.random.default_rng(0).normal(size=(3, 4)))
+
+    def calibrated(samples):
+        return backend.estimators.calibrate_score(samples, backend.estimators.stein_score(samples))
+
+    with pytest.warns(UserWarning, match="stein_score got 3 samples in 4") as warned:
+        backend.estimators.entropy_surrogate(samples, score_estimator=calibrated)
+        backend.estimators.knn_entropy(samples)
+    assert len(warned) == 1
+
+
 @pytest.mark.parametrize("ridge", [0.0, 1e-4])
 def test_a_ridge_too_small_for_float32_is_refused(backend, estimator, ridge):
     samples = np.random.default_rng(0).normal(size=(5, 2))

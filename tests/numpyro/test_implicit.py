@@ -296,6 +296,19 @@ def test_every_way_to_run_particles_gives_the_same(vectorize):
     )
 
 
+def test_too_few_particles_give_one_warning():
+    def model():
+        sample("z", dist.Normal(0.0, 1.0).expand([4]).to_event(1))
+
+    def guide():
+        sample("z", Implicit(param("scale", 1.0) * noise(shape=(4,)), event_dim=1))
+
+    svi = SVI(model, guide, optax.adam(1e-3), loss=ImplicitELBO(3))
+    with pytest.warns(UserWarning, match="3 samples in 4 dimensions") as warned:
+        svi.run(random.key(0), 2, progress_bar=False)
+    assert len(warned) == 1
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 

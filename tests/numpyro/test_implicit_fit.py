@@ -87,6 +87,57 @@ def test_score_through_an_autoguide():
     np.testing.assert_allclose(group.model_scores[0], desired, rtol=1e-10)
 
 
+def joined_model():
+    sample("y", dist.Normal(1.0, 2.0))
+    with plate("rows", 2, dim=-2):
+        sample("w", dist.Dirichlet(jnp.ones(3)))
+
+
+def joined_draws():
+    """Of the guide: its implicit site, and the latents as they come out."""
+    guide = AutoImplicit(joined_model, init_scale=1.0)
+    svi = SVI(joined_model, guide, optax.adam(1e-3), loss=ImplicitELBO(2))
+    params = svi.get_params(svi.init(random.key(0)))
+    seeded = handlers.substitute(guide, data=params)
+
+    def draw(key):
+        trace = handlers.trace(handlers.seed(seeded, key)).get_trace()
+        return {name: trace[name]["value"] for name in ("_auto_latent", "w", "y")}
+
+    return guide, params, jax.vmap(draw)(random.split(random.key(1), 6))
+
+
+def test_reference_draws_at_the_latents_that_an_autoguide_joins():
+    """As MCMC returns them, some with fewer dimensions in unconstrained space."""
+    guide, params, draws = joined_draws()
+    latent = draws.pop("_auto_latent")
+    assert draws["w"].shape == (6, 2, 1, 3)
+    (group,) = drawn(joined_model, guide, draws | {"sum": jnp.ones(6)}, params)
+    np.testing.assert_allclose(group.reference[0], latent, rtol=1e-10)
+    (group,) = drawn(joined_model, guide, {"_auto_latent": latent}, params)
+    np.testing.assert_array_equal(group.reference[0], latent)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda draws: {"w": draws["w"]}, r"every latent that one joins, but 'y' is not .*\['w'\]"),
+        (lambda draws: draws | {"y": draws["y"][1:]}, "same number R at every site.*'y': 5"),
+        (
+            lambda draws: draws | {"w": draws["w"][:, 0]},
+            r"'w' need the shape \[R >= 2, \*\(2, 1, 3",
+        ),
+        (lambda draws: draws | {"y": draws["y"] * INF}, "reference draw.*not finite"),
+    ],
+    ids=["missing", "number", "shape", "infinite"],
+)
+def test_reference_draws_that_do_not_fit_are_refused(change, match):
+    guide, params, draws = joined_draws()
+    del draws["_auto_latent"]
+    with pytest.raises(ValueError, match=match):
+        drawn(joined_model, guide, change(draws), params)
+
+
 @pytest.mark.parametrize(
     ("wrap", "rows"),
     [

@@ -331,6 +331,21 @@ def test_loss_is_that_of_a_step_at_the_same_seed():
     assert values[0] == pytest.approx(values[1]) == pytest.approx(values[2])
 
 
+def test_too_few_particles_give_one_warning():
+    pyro.clear_param_store()
+
+    def model():
+        sample("z", dist.Normal(0.0, 1.0).expand([4]).to_event(1))
+
+    def guide():
+        sample("z", Implicit(param("scale", 1.0) * noise(shape=(4,)), event_dim=1))
+
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=ImplicitELBO(3))
+    with pytest.warns(UserWarning, match="3 samples in 4 dimensions") as warned:
+        svi.step()
+    assert len(warned) == 1
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 

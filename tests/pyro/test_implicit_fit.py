@@ -82,6 +82,54 @@ def test_score_through_an_autoguide(vectorize):
     np.testing.assert_allclose(group.model_scores[0], desired, rtol=1e-10)
 
 
+def joined_model():
+    sample("y", dist.Normal(1.0, 2.0))
+    with plate("rows", 2, dim=-2):
+        sample("w", dist.Dirichlet(torch.ones(3)))
+
+
+def joined_draws():
+    """Of the guide: its implicit site, and the latents as they come out."""
+    guide = AutoImplicit(joined_model, init_scale=1.0)
+    traces = [poutine.trace(guide).get_trace() for _ in range(6)]
+    names = "_AutoImplicit_latent", "w", "y"
+    return guide, {
+        name: torch.stack([trace.nodes[name]["value"].detach() for trace in traces])
+        for name in names
+    }
+
+
+def test_reference_draws_at_the_latents_that_an_autoguide_joins():
+    """As MCMC returns them, some with fewer dimensions in unconstrained space."""
+    guide, draws = joined_draws()
+    latent = draws.pop("_AutoImplicit_latent")
+    assert draws["w"].shape == (6, 2, 1, 3)
+    (group,) = drawn(joined_model, guide, True, draws | {"sum": torch.ones(6)})
+    np.testing.assert_allclose(group.reference[0], latent, rtol=1e-10)
+    (group,) = drawn(joined_model, guide, True, {"_AutoImplicit_latent": latent})
+    np.testing.assert_array_equal(group.reference[0], latent)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda draws: {"w": draws["w"]}, r"every latent that one joins, but 'y' is not .*\['w'\]"),
+        (lambda draws: draws | {"y": draws["y"][1:]}, "same number R at every site.*'y': 5"),
+        (
+            lambda draws: draws | {"w": draws["w"][:, 0]},
+            r"'w' need the shape \[R >= 2, \*\(2, 1, 3",
+        ),
+        (lambda draws: draws | {"y": draws["y"] * INF}, "reference draw.*not finite"),
+    ],
+    ids=["missing", "number", "shape", "infinite"],
+)
+def test_reference_draws_that_do_not_fit_are_refused(change, match):
+    guide, draws = joined_draws()
+    del draws["_AutoImplicit_latent"]
+    with pytest.raises(ValueError, match=match):
+        drawn(joined_model, guide, True, change(draws))
+
+
 @each_run
 @pytest.mark.parametrize(
     ("wrap", "rows"),

@@ -21,7 +21,8 @@ def as_samples(
 ) -> Float[Array, " *batch N D"]:
     """Return ``samples`` as a detached floating-point array of N >= 2 finite samples.
 
-    Below N = D a warning is given, unless the samples ``may_be_few``: no score is made of them.
+    Below N = D a warning is given, unless the samples ``may_be_few``: no score is made of them, or
+    what makes it has warned.
     """
     samples = jnp.asarray(samples)
     if samples.dtype not in (jnp.float32, jnp.float64):

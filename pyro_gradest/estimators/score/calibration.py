@@ -53,7 +53,7 @@ def calibrate_score(
         Stein, Estimation of the mean of a multivariate normal distribution, 1981, for the
         identity. The correction is ours.
     """
-    points = as_samples(samples, caller="calibrate_score")
+    points = as_samples(samples, caller="calibrate_score", may_be_few=True)
     if scores.shape != points.shape:
         raise ValueError(
             "calibrate_score needs one score per sample, that is shape "

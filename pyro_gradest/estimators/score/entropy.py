@@ -61,7 +61,7 @@ def entropy_surrogate(
         Li and Turner, `Gradient Estimators for Implicit Models
         <https://arxiv.org/abs/1705.07107>`_, 2018, section 2.
     """
-    detached = as_samples(samples, caller="entropy_surrogate")
+    detached = as_samples(samples, caller="entropy_surrogate", may_be_few=True)
     scores = (stein_score if score_estimator is None else score_estimator)(detached)
     if scores.shape != samples.shape:
         raise ValueError(

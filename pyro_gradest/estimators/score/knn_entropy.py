@@ -54,7 +54,7 @@ def knn_entropy(
     """
     if num_neighbors < 1:
         raise ValueError(f"knn_entropy needs num_neighbors >= 1, got {num_neighbors}.")
-    samples = as_samples(samples, caller="knn_entropy")
+    samples = as_samples(samples, caller="knn_entropy", may_be_few=True)
     num_samples, dim = samples.shape[-2:]
     k = min(num_neighbors, num_samples - 1)
     centred = samples - samples.mean(dim=-2, keepdim=True)
