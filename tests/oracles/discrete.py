@@ -86,15 +86,23 @@ def imle(states, theta, noise, dy, *, step_size, symmetric=True):
     return (maximiser(states, theta + noise) - below) / step_size
 
 
-def adaptive_imle(states, theta, noise, dy, *, relative_step, temperature, symmetric=True):
-    """Gradient in theta of one datum, and whether the datum is counted."""
+def adaptive_imle(
+    states, theta, noise, dy, *, relative_step, temperature, relative=False, is_of_bits=False
+):
+    """Gradient in theta of one datum, how much of its state changes, and whether it is counted."""
     length = np.sqrt(np.sum(dy**2))
-    if length == 0:
-        return np.zeros_like(theta), False
-    step = relative_step * max(np.sqrt(np.sum(theta**2)), temperature) / length
+    step = 0.0
+    if length > 0:
+        step = relative_step * max(np.sqrt(np.sum(theta**2)), temperature) / length
     if step == 0:
-        return np.zeros_like(theta), False
-    return imle(states, theta, noise, dy, step_size=step, symmetric=symmetric), True
+        return np.zeros_like(theta), 0, False
+    ends = [maximiser(states, theta + sign * step * dy + noise) for sign in (1, -1)]
+    if is_of_bits:
+        ends = [np.stack([end, 1 - end]) for end in ends]
+    change = sum(x != y for x, y in zip(*(end.ravel() for end in ends), strict=True))
+    if relative:
+        change /= sum(np.count_nonzero(end) for end in ends)
+    return imle(states, theta, noise, dy, step_size=step), change, True
 
 
 def adaptive_update(state, counts, *, target, rate, decay, momentum, multiplicative):

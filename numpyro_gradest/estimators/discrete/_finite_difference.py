@@ -22,8 +22,10 @@ class Rule(NamedTuple):
     """lambda, where the step is not relative to theta."""
     least_length: float = 0.0
     """What the length of theta counts as at least, where the step is relative to it."""
-    weight: int = 1
-    """How often a non-zero entry counts."""
+    is_of_bits: bool = False
+    """Whether an entry is one of the two of a one-hot state, which change together."""
+    is_relative: bool = False
+    """Whether the share of entries that differ is counted, not their number."""
 
 
 def solve_with_difference(
@@ -36,8 +38,8 @@ def solve_with_difference(
     """States at theta + perturbation, with the difference as their derivative in theta.
 
     With a relative step, that of each datum is this multiple of the length of its theta, whatever
-    the length of its gradient. What ``counts`` gets is no derivative: it is the number of non-zero
-    entries of the difference, and the number of data that were counted.
+    the length of its gradient. What ``counts`` gets is no derivative: it is the number of entries
+    that differ, or their share of a datum's, and the number of data, summed over those counted.
     """
 
     # Defined anew at each call, as a solver need not be hashable.
@@ -71,7 +73,7 @@ def _difference(
     states: Array,
     gradient: Array,
 ) -> tuple[Array, Array]:
-    """The derivative in theta, and how many of its entries are not zero in how many data."""
+    """The derivative in theta, and the change in how many data."""
     event_dim = rule.solver.event_dim
     if relative_step is None:
         displacement, inverse = (
@@ -91,15 +93,31 @@ def _difference(
     displacement = jnp.nan_to_num(displacement, nan=0.0, posinf=0.0, neginf=0.0)
     perturbed = theta + perturbation
     below = rule.solver(perturbed - displacement)
+    above = rule.solver(perturbed + displacement) if rule.symmetric else states
     if rule.symmetric:
-        difference = rule.solver(perturbed + displacement) - below
         inverse = inverse / 2
+    result = inverse * (above - below) + 0.0 * gradient
+    change = jnp.sum(_change(rule, above, below), where=is_counted, dtype=theta.dtype)
+    return result, jnp.stack([change, jnp.sum(is_counted, dtype=theta.dtype)])
+
+
+def _change(rule: Rule, above: Array, below: Array) -> Array:
+    """Of each datum, how many entries differ, or their share of those that are not zero."""
+    differ = _number(above != below, rule.solver.event_dim, above)
+    if rule.is_of_bits:
+        # Of the two entries that stand for a bit one is marked, above and below.
+        differ, marked = 2 * differ, 2 * _number(jnp.ones_like(above), rule.solver.event_dim, above)
     else:
-        difference = states - below
-    result = inverse * difference + 0.0 * gradient
-    non_zero = rule.weight * jnp.sum((difference != 0) & is_counted)
-    counts = jnp.stack([non_zero, jnp.sum(is_counted)])
-    return result, counts.astype(theta.dtype)
+        marked = _number(above != 0, rule.solver.event_dim, above) + _number(
+            below != 0, rule.solver.event_dim, above
+        )
+    return differ / jnp.maximum(marked, 1) if rule.is_relative else differ
+
+
+def _number(marks: Array, event_dim: int, like: Array) -> Array:
+    """Sum over the event axes, which are kept."""
+    axes = tuple(range(-event_dim, 0))
+    return jnp.sum(marks, axis=axes, keepdims=True, dtype=like.dtype)
 
 
 def _length(vectors: Array, event_dim: int) -> Array:

@@ -1,4 +1,4 @@
-"""Adaptive IMLE: the step follows how many entries of the gradient it leaves non-zero.
+"""Adaptive IMLE: the step follows how much of a state it changes.
 
 Notation follows Minervini, Franceschi and Niepert (2023): beta the relative step, c the target.
 """
@@ -28,29 +28,33 @@ class AdaptiveState(NamedTuple):
     relative_step: Float[Array, ""]
     """beta, the length of the step in units of the length of theta."""
     density: Float[Array, ""]
-    """Moving average of the number of non-zero entries in the gradient of a datum."""
+    """Moving average of what is aimed at: the share, or number, of entries that change."""
     previous_update: Float[Array, ""]
     """What was last added to beta, or to its logarithm."""
 
 
 @dataclass(frozen=True)
 class AdaptiveIMLE:
-    r"""IMLE whose step adapts until each datum has a given number of non-zero gradient entries.
+    r"""IMLE whose step adapts until its difference changes a given share of each state.
 
     The difference of :class:`IMLE` is taken over a step of
 
     .. math:: \lambda = \beta\, \max(\lVert \theta \rVert, \tau) / \lVert dy \rVert
 
     with norms over the state of each datum, so that the gradient of one does not depend on the
-    others. After each backward pass :meth:`update` moves :math:`\beta` up where gradients were
-    sparser than the target, and down where they were denser.
+    others. After each backward pass :meth:`update` moves :math:`\beta` up where states changed less
+    than the target, and gradients were sparse, and down where they changed more.
 
     Args:
         initial_step: :math:`\beta` at first.
-        target: c, the number of non-zero entries per datum that is aimed at; a bit counts as two,
-            as a one-hot state of two classes has.
+        target: c, the share of a state that changes between the two ends of the difference: of
+            the items of a subset that are exchanged, of the bits that flip, of the edges of a tree.
+            Lower is less bias and more noise.
+        relative: Whether ``target`` is such a share, which suits states of any size; else it is
+            the number of non-zero entries per datum, as in the paper. An exchange makes two, and a
+            bit that flips counts as two, as in a one-hot state of two classes.
         rate: How far :math:`\beta`, or its logarithm, moves in a step.
-        decay: Of the moving average of non-zero entries.
+        decay: Of the moving average of what changes.
         momentum: Share of the previous move that is added to the next.
         multiplicative: Whether the logarithm of :math:`\beta` moves, which reaches any order of
             magnitude soon; else :math:`\beta` itself does, as in the paper.
@@ -59,7 +63,7 @@ class AdaptiveIMLE:
         temperature: :math:`\tau`.
 
     Raises:
-        ValueError: If an option is out of its range.
+        ValueError: If an option is out of its range, as a share of 1 or more is.
 
     Bias and variance:
         Biased by design, as :class:`IMLE` with the step that results. Data whose gradient is zero
@@ -76,18 +80,19 @@ class AdaptiveIMLE:
         >>> def loss(theta, counts, key=jax.random.key(0)):
         ...     z = estimator.sample(key, theta, top_k(1), state=state, counts=counts)
         ...     return jnp.sum(z**2 @ jnp.arange(3.0))
-        >>> gradient, counts = jax.grad(loss, (0, 1))(theta, jnp.zeros(2))  # [non-zero, data]
+        >>> gradient, counts = jax.grad(loss, (0, 1))(theta, jnp.zeros(2))  # [change, data]
         >>> state = estimator.update(state, counts)
 
     References:
         Minervini, Franceschi and Niepert, `Adaptive Perturbation-Based Gradient Estimation for
         Discrete Latent Variable Models <https://arxiv.org/abs/2209.04862>`_, 2023, equations 9
-        and 10 (additive; without the lower bound on the length of theta, so that scores of zero
-        have no gradient).
+        and 10 (``relative=False, target=1.0, multiplicative=False``; without the lower bound on
+        the length of theta, so that scores of zero have no gradient).
     """
 
     initial_step: float = 0.1
-    target: float = 1.0
+    target: float = 0.3
+    relative: bool = True
     rate: float = 0.05
     decay: float = 0.9
     momentum: float = 0.0
@@ -99,6 +104,11 @@ class AdaptiveIMLE:
     def __post_init__(self) -> None:
         for name in ("target", "rate"):
             check_positive(getattr(self, name), name, caller="AdaptiveIMLE")
+        if self.relative and self.target >= 1:
+            raise ValueError(
+                f"AdaptiveIMLE needs 0 < target < 1, the share of a state that changes, got "
+                f"{self.target!r}. For a number of non-zero entries pass relative=False."
+            )
         check_positive(
             self.initial_step,
             "initial_step",
@@ -134,8 +144,9 @@ class AdaptiveIMLE:
             theta: Finite scores, shape ``[*batch, *event]``.
             solver: Finds the maximum, such as ``top_k(3)``, or any function from theta to states.
             state: What :meth:`init` or :meth:`update` returned.
-            counts: Two zeros whose gradient becomes the number of non-zero entries and the number
-                of data, summed over all draws that were given them: what :meth:`update` takes.
+            counts: Two zeros whose gradient becomes the sum over data of the share, or number, of
+                entries that change, and the number of data, over all draws that were given them:
+                what :meth:`update` takes.
             num_samples: S, the number of draws along a new leading axis; ``None`` is one without.
 
         Returns:
@@ -157,8 +168,8 @@ class AdaptiveIMLE:
             prepared.solver,
             self.symmetric,
             least_length=self.temperature,
-            # A bit is one of the two entries of a one-hot state, which change together.
-            weight=2 if prepared.solver.solve == threshold().solve else 1,
+            is_of_bits=prepared.solver.solve == threshold().solve,
+            is_relative=self.relative,
         )
         return solve_with_difference(
             rule, prepared.theta, prepared.perturbation, state.relative_step, counts
@@ -174,8 +185,8 @@ class AdaptiveIMLE:
         Returns:
             The new state; the same one where no datum was counted.
         """
-        non_zero, data = counts
-        per_datum = non_zero / jnp.maximum(data, 1)
+        change, data = counts
+        per_datum = change / jnp.maximum(data, 1)
         density = self.decay * state.density + (1 - self.decay) * per_datum
         direction = jnp.where(density < self.target, self.rate, -self.rate)
         update = self.momentum * state.previous_update + direction.astype(density.dtype)

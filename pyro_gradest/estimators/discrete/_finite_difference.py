@@ -21,8 +21,10 @@ class Rule(NamedTuple):
     """lambda, where the step is not relative to theta."""
     least_length: float = 0.0
     """What the length of theta counts as at least, where the step is relative to it."""
-    weight: int = 1
-    """How often a non-zero entry counts."""
+    is_of_bits: bool = False
+    """Whether an entry is one of the two of a one-hot state, which change together."""
+    is_relative: bool = False
+    """Whether the share of entries that differ is counted, not their number."""
 
 
 def solve_with_difference(
@@ -35,8 +37,8 @@ def solve_with_difference(
     """States at theta + perturbation, with the difference as their derivative in theta.
 
     With a relative step, that of each datum is this multiple of the length of its theta, whatever
-    the length of its gradient. What ``counts`` gets is no derivative: it is the number of non-zero
-    entries of the difference, and the number of data that were counted.
+    the length of its gradient. What ``counts`` gets is no derivative: it is the number of entries
+    that differ, or their share of a datum's, and the number of data, summed over those counted.
     """
     return _Difference.apply(rule, theta, perturbation, relative_step, counts)
 
@@ -78,17 +80,34 @@ class _Difference(torch.autograd.Function):
         displacement = displacement.nan_to_num(0.0, 0.0, 0.0)
         perturbed = theta + perturbation
         below = rule.solver(perturbed - displacement)
+        above = rule.solver(perturbed + displacement) if rule.symmetric else states
         if rule.symmetric:
-            difference = rule.solver(perturbed + displacement) - below
             inverse = inverse / 2
-        else:
-            difference = states - below
-        result = inverse * difference + 0.0 * gradient
+        result = inverse * (above - below) + 0.0 * gradient
         counts = None
         if ctx.has_counts:
-            non_zero = (difference != 0) & is_counted
-            counts = torch.stack([rule.weight * non_zero.sum(), is_counted.sum()]).to(theta.dtype)
+            change = torch.where(is_counted, _change(rule, above, below), 0.0)
+            counts = torch.stack([change.sum(), is_counted.sum()]).to(theta.dtype)
         return None, result, None, None, counts
+
+
+def _change(rule: Rule, above: Tensor, below: Tensor) -> Tensor:
+    """Of each datum, how many entries differ, or their share of those that are not zero."""
+    differ = _number(above != below, rule.solver.event_dim)
+    if rule.is_of_bits:
+        # Of the two entries that stand for a bit one is marked, above and below.
+        differ, marked = 2 * differ, 2 * _number(torch.ones_like(above), rule.solver.event_dim)
+    else:
+        marked = _number(above != 0, rule.solver.event_dim) + _number(
+            below != 0, rule.solver.event_dim
+        )
+    return differ / marked.clamp_min(1) if rule.is_relative else differ
+
+
+def _number(marks: Tensor, event_dim: int) -> Tensor:
+    """Sum over the event axes, which are kept."""
+    axes = tuple(range(-event_dim, 0))
+    return marks.sum(dim=axes, keepdim=True) if axes else marks.long()
 
 
 def _length(vectors: Tensor, event_dim: int) -> Tensor:
