@@ -22,8 +22,10 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
     ``Trace_ELBO``, ``TraceMeanField_ELBO`` (with its analytic KL) and ``IWAE`` do. With
     ``reparam="score"`` and in objectives that enumerate, the estimator is not used.
 
-    ``Bernoulli``, ``OneHotCategorical`` and ``PerturbAndMAP`` sites can carry a gradient, also
-    under ``to_event``, ``mask`` and in plates. For several draws use the objective's
+    ``Bernoulli``, ``OneHotCategorical``, ``KSubset`` and ``PerturbAndMAP`` sites can carry a
+    gradient, also under ``to_event``, ``mask`` and in plates. At ``KSubset`` sites it is a
+    difference of exact draws from the same random numbers, not of the k largest entries under
+    noise, which have another law. For several draws use the objective's
     ``num_particles``. The mean over particles, scales and subsampled plates multiply the gradient
     that arrives at a site, and with it the step of ``IMLE``, but not that of ``AdaptiveIMLE``,
     whose state is the parameter ``"<site>_imle"`` in the state of ``SVI``: wrap the optimizer in
@@ -42,13 +44,15 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
     Raises:
         TypeError: If ``config`` is nothing of that.
         ValueError: When run, if a named site does not exist, is observed, enumerated, not
-            discrete, or draws integers; or if an estimator's noise does not draw from the site's
-            distribution.
+            discrete, or draws integers; or if an estimator does not draw from the site's
+            distribution, or is not for it.
 
     Bias and variance:
         Biased by design, as the estimator is: for objectives whose log-densities are linear or
         quadratic in the states ``IMLE`` is unbiased in the limit of a small step and ``ReinMax``
-        unbiased.
+        unbiased. At ``KSubset`` sites ``IMLE`` is so for linear ones; ``SIMPLE``, which
+        ``StraightThrough`` is there, is unbiased for these. The KL divergence of
+        ``TraceMeanField_ELBO`` is exact, and so is its gradient.
 
     Cost:
         That of the estimator.

@@ -20,7 +20,8 @@ from numpyro import distributions as dist
 from numpyro.distributions import kl_divergence
 from numpyro.primitives import Messenger
 
-from numpyro_gradest.distributions import OneHotCategorical, PerturbAndMAP
+from numpyro_gradest.distributions import KSubset, OneHotCategorical, PerturbAndMAP
+from numpyro_gradest.distributions._from_logits import FromLogits
 from numpyro_gradest.estimators import (
     IMLE,
     SIMPLE,
@@ -35,6 +36,7 @@ from numpyro_gradest.estimators import (
     one_hot_argmax,
     threshold,
 )
+from numpyro_gradest.estimators.discrete._subset_sampler import SplitNoise, of_items, subset_sampler
 from numpyro_gradest.infer._sites import Site
 
 Estimator = IMLE | AdaptiveIMLE | StraightThrough | GumbelSoftmaxST | ReinMax | SIMPLE
@@ -66,6 +68,10 @@ class _Bernoulli(_CarriesGradient, dist.BernoulliLogits):
 
 
 class _OneHotCategorical(_CarriesGradient, OneHotCategorical):
+    pass
+
+
+class _KSubset(_CarriesGradient, KSubset):
     pass
 
 
@@ -184,7 +190,7 @@ def as_choice(config: Any) -> Callable[[str], Estimator | None]:
 def _may_be_chosen(msg: Site) -> bool:
     """Whether a site is meant by an estimator that is given for all."""
     fn = _base(msg["fn"])
-    is_discrete = isinstance(fn, (*_INTEGERS, PerturbAndMAP)) or _kind(fn)
+    is_discrete = isinstance(fn, (*_INTEGERS, PerturbAndMAP, FromLogits)) or _kind(fn)
     return bool(is_discrete) and not msg["is_observed"]
 
 
@@ -216,6 +222,8 @@ def _with_gradient(
         return base.expand(fn.batch_shape)
     if isinstance(fn, PerturbAndMAP):
         return _perturb_and_map(fn, name, estimator, draw_of, event_dim)
+    if isinstance(fn, KSubset):
+        return _k_subset(fn, name, estimator, draw_of, event_dim)
     kind = _kind(fn)
     if kind is None:
         raise ValueError(_unsupported(name, fn))
@@ -244,6 +252,21 @@ def _perturb_and_map(
     return new
 
 
+def _k_subset(fn: Any, name: str, estimator: Estimator, draw_of: Callable, event_dim: int) -> Any:
+    if isinstance(estimator, (GumbelSoftmaxST, ReinMax)):
+        raise ValueError(
+            f"Site {name!r} draws from KSubset, for which there are IMLE, AdaptiveIMLE, SIMPLE and "
+            f"StraightThrough, got {estimator}. Take one of these."
+        )
+    check_exact(name, estimator, SplitNoise)
+    num_items = fn.event_shape[0]
+    solver = subset_sampler(num_items, fn.k)
+    new = _KSubset(fn.logits, fn.k)
+    solver = solver._replace(event_dim=solver.event_dim + event_dim)
+    new.draw = of_items(draw_of(name, estimator, solver), num_items)
+    return new
+
+
 def _kind(fn: Any) -> type | None:
     if isinstance(fn, (dist.BernoulliLogits, dist.BernoulliProbs)):
         return _Bernoulli
@@ -263,10 +286,17 @@ def _unsupported(name: str, fn: Any) -> str:
             "gradest's OneHotCategorical in model and guide instead, and use the value as weights "
             "(value @ table instead of table[value])."
         )
+    if isinstance(fn, FromLogits):
+        return (
+            f"Site {name!r} draws from {type(fn).__name__}, for which imle knows no estimator that "
+            "draws exactly. Sample PerturbAndMAP with a solver in model and guide, under "
+            "TraceMeanField_ELBO, or, for subsets, KSubset; or leave it out and pass SVI a loss "
+            "that takes the score function, such as RLOO."
+        )
     return (
-        f"imle is for Bernoulli, OneHotCategorical and PerturbAndMAP sites, but {name!r} has the "
-        f"distribution {type(fn).__name__}. Leave it out: a continuous site is reparameterised by "
-        "the host."
+        "imle is for Bernoulli, OneHotCategorical, KSubset and PerturbAndMAP sites, but "
+        f"{name!r} has the distribution {type(fn).__name__}. Leave it out: a continuous site is "
+        "reparameterised by the host."
     )
 
 

@@ -26,7 +26,8 @@ class PlackettLuceSubset(FromLogits):
     which is computed in logarithms by a sum over 192 points, laid where the integrand is not
     negligible: to rounding error also for weights of very different size. For k of 0, 1 and n there
     is a closed form. The log-probability has a gradient in the logits, but, save for k = 1, none in
-    the value: it is no linear function of it.
+    the value, of which it is no linear function: to differentiate there, as for the prior of a site
+    under ``imle``, is an error.
 
     Args:
         logits: Scores :math:`\theta`, shape ``[*batch, n]``. A common constant has no effect.
@@ -36,7 +37,8 @@ class PlackettLuceSubset(FromLogits):
     Raises:
         TypeError: If ``logits`` is not a floating tensor.
         ValueError: If ``logits`` is not finite, ``k`` not an integer from 0 to n, a value not of
-            the logits' last axis, or, when enumerating, there are more than 100,000 subsets.
+            the logits' last axis, or, when enumerating, there are more than 100,000 subsets;
+            or if the log-probability is differentiated in the value.
 
     Cost:
         O(n + 250 k) for a log-probability; a partial sort for a draw.
@@ -65,6 +67,8 @@ class PlackettLuceSubset(FromLogits):
 
     def log_prob(self, value: Tensor) -> Tensor:
         self._check_value(value)
+        if value.requires_grad and 1 < self.k < self.event_shape[0]:
+            raise ValueError(_NO_GRADIENT)
         shape = torch.broadcast_shapes(value.shape, self.logits.shape)
         subset = value.to(self.logits.dtype).expand(shape)
         return plackett_luce.subset_log_prob(self.logits.expand(shape), subset, self.k)
@@ -76,3 +80,10 @@ class PlackettLuceSubset(FromLogits):
     def _states(self) -> np.ndarray:
         caller = f"PlackettLuceSubset of {self.k} of {self.event_shape[0]} items"
         return k_hot_vectors(self.event_shape[0], self.k, caller=caller)
+
+
+_NO_GRADIENT = (
+    "PlackettLuceSubset.log_prob has no gradient in the value, but the value carries one, as at a "
+    "site under imle: this prior would count for nothing. Sample KSubset in model and guide, or, "
+    "under TraceMeanField_ELBO, PerturbAndMAP(logits, top_k(k)) in both."
+)

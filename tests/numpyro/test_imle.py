@@ -1,5 +1,7 @@
 """``imle`` in NumPyro: gradients against exact enumeration, plates, saved state, refusals."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +18,17 @@ from numpyro_gradest import (
     SIMPLE,
     AdaptiveIMLE,
     GumbelSoftmaxST,
+    KSubset,
     OneHotCategorical,
     PerturbAndMAP,
+    PlackettLuceSubset,
     ReinMax,
     StraightThrough,
     adapt_imle,
     imle,
 )
 from numpyro_gradest.estimators import GaussianNoise, GumbelNoise, LogisticNoise, Noise, top_k
+from numpyro_gradest.estimators.discrete._subset_sampler import SplitNoise
 from tests.conformance.backends import QUICK_TO_COMPILE
 from tests.oracles import discrete as oracle
 
@@ -382,3 +387,156 @@ def test_sites_without_a_density_are_refused_elsewhere():
         PerturbAndMAP(jnp.zeros(3), top_k(2), temperature=0.0)
     with pytest.raises(ValueError, match="1 event axes"):
         PerturbAndMAP(jnp.array(0.0), top_k(2))
+
+
+# Subsets
+
+
+SUBSETS = oracle.subsets(4, 2)
+SUBSET_THETA, SUBSET_PRIOR = np.array([0.5, -0.5, 0.2, 0.0]), np.array([0.3, -0.2, 0.0, 0.1])
+WEIGHTS = np.array([1.0, -1.0, 0.5, 2.0])
+
+
+class EvenSplits(SplitNoise):
+    def sample_like(self, key, theta):
+        uniform = jnp.asarray(oracle.uniform_points(NUMBER, 3))
+        return jnp.concatenate([jnp.zeros_like(theta[..., :4]), uniform], axis=-1)
+
+
+# With k of n = 4 items three uniform numbers make a draw.
+EVEN_SPLITS = EvenSplits(4)
+LOG_LIKELIHOODS = {
+    "none": lambda z: 0.0 * (z @ jnp.asarray(WEIGHTS)),
+    "linear": lambda z: z @ jnp.asarray(WEIGHTS),
+    "quadratic": lambda z: -0.5 * (1 - z @ jnp.asarray(WEIGHTS)) ** 2,
+}
+
+
+def k_subset_model(likelihood):
+    with numpyro.plate("data", NUMBER):
+        z = numpyro.sample("z", KSubset(jnp.asarray(SUBSET_PRIOR), 2))
+        numpyro.factor("x", LOG_LIKELIHOODS[likelihood](z))
+
+
+def k_subset_guide(likelihood):
+    theta = numpyro.param("theta", jnp.asarray(SUBSET_THETA))
+    with numpyro.plate("data", NUMBER):
+        numpyro.sample("z", KSubset(theta, 2))
+
+
+def k_subset_error(estimator, likelihood, loss):
+    """Of the gradient of the negative ELBO, against that by enumeration, relative to it."""
+    q, p = (oracle.exponential_family(SUBSETS, t) for t in (SUBSET_THETA, SUBSET_PRIOR))
+    values = np.log(q) - np.log(p)
+    values -= [LOG_LIKELIHOODS[likelihood](jnp.asarray(z)).item() for z in SUBSETS]
+    mean = oracle.mean(SUBSETS, SUBSET_THETA)
+    exact = sum(q[i] * values[i] * (z - mean) for i, z in enumerate(SUBSETS))
+    wrapped = imle(k_subset_guide, {"z": estimator})
+
+    @partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+    def gradient(theta):
+        params = {"theta": theta}
+        return jax.grad(lambda params: loss.loss(KEY, params, k_subset_model, wrapped, likelihood))(
+            params
+        )["theta"]
+
+    actual = gradient(jnp.array(SUBSET_THETA)) / NUMBER
+    return np.linalg.norm(actual - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("likelihood", ["none", "linear"])
+def test_subsets_are_unbiased_for_what_is_linear(likelihood):
+    """Under the exact divergence each draw has the exact gradient by itself."""
+    for estimator in (SIMPLE(), StraightThrough(noise=EVEN_SPLITS)):
+        assert k_subset_error(estimator, likelihood, TraceMeanField_ELBO()) < 1e-10
+    even = IMLE(step_size=0.1, noise=EVEN_SPLITS)
+    error = k_subset_error(even, likelihood, TraceMeanField_ELBO())
+    assert error < (1e-10 if likelihood == "none" else 0.03)
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), IWAE(1)], ids=["trace", "iwae"])
+def test_subsets_keep_their_exact_log_probability(loss):
+    even = {"noise": EVEN_SPLITS}
+    assert k_subset_error(IMLE(step_size=0.1, **even), "linear", loss) < 0.03
+    assert k_subset_error(StraightThrough(**even), "linear", loss) < 0.01
+
+
+def test_bias_of_subsets_beyond_what_is_linear():
+    """Biased by design, and the mean's gradient alone much more so."""
+    even, loss = {"noise": EVEN_SPLITS}, TraceMeanField_ELBO()
+    assert 0.1 < k_subset_error(IMLE(step_size=0.1, **even), "quadratic", loss) < 0.3
+    assert k_subset_error(StraightThrough(**even), "quadratic", loss) > 0.6
+
+
+@pytest.mark.parametrize("estimator", [AdaptiveIMLE(), SIMPLE()])
+def test_groups_of_subsets_find_the_posterior(estimator):
+    """Two groups to a datum, under a mask and in a plate; values stay exactly subsets."""
+    x = jnp.array([[[0.0, 3.0, 3.0], [3.0, 0.0, 3.0]], [[3.0, 3.0, 0.0], [0.0, 3.0, 3.0]]])
+
+    def model():
+        with numpyro.plate("data", 2):
+            z = numpyro.sample("z", KSubset(jnp.zeros((2, 3)), 2).to_event(1).mask(True))
+            numpyro.sample("x", dist.Normal(3 * z, 1.0).to_event(2), obs=x)
+
+    def guide():
+        logits = numpyro.param("logits", jnp.zeros((2, 2, 3)))
+        with numpyro.plate("data", 2):
+            return numpyro.sample("z", KSubset(logits, 2).to_event(1).mask(True))
+
+    config = {"z": estimator}
+    wrapped = imle(guide, config)
+    svi = SVI(model, wrapped, adapt_imle(optax.adam(0.1), config), TraceMeanField_ELBO(3))
+    result = svi.run(KEY, 60, progress_bar=False)
+
+    means = KSubset(result.params["logits"], 2).mean
+    assert ((means > 0.7) == (x > 1)).all()
+    z = numpyro.handlers.seed(numpyro.handlers.substitute(wrapped, result.params), KEY)()
+    assert jnp.all((z == 0) | (z == 1))
+    assert jnp.all(z.sum(-1) == 2)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (ReinMax(), "SIMPLE and StraightThrough, got ReinMax"),
+        (GumbelSoftmaxST(), "SIMPLE and StraightThrough, got GumbelSoftmaxST"),
+        (IMLE(noise=GumbelNoise()), "wrong entropy"),
+        (AdaptiveIMLE(temperature=0.5), "wrong entropy"),
+    ],
+)
+def test_refusals_at_subsets(estimator, message):
+    program = imle(lambda: numpyro.sample("z", KSubset(jnp.zeros(4), 2)), {"z": estimator})
+    with pytest.raises(ValueError, match=message):
+        numpyro.handlers.seed(program, 0)()
+
+
+def test_draws_without_replacement_are_refused():
+    """In the guide, also under an estimator for all sites, and as the prior of a subset."""
+
+    def guide():
+        theta = numpyro.param("theta", jnp.zeros(4))
+        numpyro.sample("z", PlackettLuceSubset(theta, 2))
+
+    for config in ({"z": SIMPLE()}, SIMPLE()):
+        with pytest.raises(ValueError, match="PlackettLuceSubset, for which imle knows no"):
+            numpyro.handlers.seed(imle(guide, config), 0)()
+
+    def model(k, prior):
+        numpyro.sample("z", prior(jnp.zeros(4), k))
+
+    def subset_guide(k, prior):
+        numpyro.sample("z", KSubset(numpyro.param("theta", jnp.zeros(4)), k))
+
+    def loss(theta, *options):
+        wrapped = imle(subset_guide, SIMPLE())
+        return Trace_ELBO().loss(KEY, {"theta": theta}, model, wrapped, *options)
+
+    with pytest.raises(ValueError, match=r"prior would count for nothing\. Sample KSubset"):
+        jax.jit(jax.grad(loss), static_argnums=(1, 2))(jnp.zeros(4), 2, PlackettLuceSubset)
+    quickly = {"static_argnums": (1, 2), "compiler_options": QUICK_TO_COMPILE}
+    gradient = jax.jit(jax.grad(loss), **quickly)
+    gradients = [gradient(jnp.arange(4.0), 1, prior) for prior in (PlackettLuceSubset, KSubset)]
+    np.testing.assert_allclose(*gradients, atol=1e-12)
+    # Without a gradient in the value there is nothing to refuse.
+    site, z = PlackettLuceSubset(jnp.zeros(4), 2), jnp.array([1.0, 1.0, 0.0, 0.0])
+    np.testing.assert_allclose(site.log_prob(z), -np.log(6))

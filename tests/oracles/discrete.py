@@ -185,11 +185,16 @@ def gumbel_points(number, n):
     Of the exponentials exp(-noise) only the proportions decide which items come first, and these
     are uniform on the simplex: the spacings of n - 1 sorted uniform numbers.
     """
-    # Additive recurrence with the root of x^n = x + 1, which generalises the golden ratio.
-    root = 1.5
-    for _ in range(100):
-        root = (1 + root) ** (1 / n)
-    steps = root ** -np.arange(1, n)
-    uniform = np.sort((0.5 + np.arange(1, number + 1)[:, None] * steps) % 1, axis=1)
+    uniform = np.sort(uniform_points(number, n - 1), axis=1)
     edges = np.concatenate([np.zeros((number, 1)), uniform, np.ones((number, 1))], axis=1)
     return -np.log(np.maximum(np.diff(edges, axis=1), 1e-300))
+
+
+def uniform_points(number, dimension):
+    """Points that fill the cube evenly."""
+    # Additive recurrence with the root of x^(d + 1) = x + 1, which generalises the golden ratio.
+    root = 1.5
+    for _ in range(100):
+        root = (1 + root) ** (1 / (dimension + 1))
+    steps = root ** -np.arange(1, dimension + 1)
+    return (0.5 + np.arange(1, number + 1)[:, None] * steps) % 1

@@ -16,13 +16,16 @@ from pyro_gradest import (
     SIMPLE,
     AdaptiveIMLE,
     GumbelSoftmaxST,
+    KSubset,
     OneHotCategorical,
     PerturbAndMAP,
+    PlackettLuceSubset,
     ReinMax,
     StraightThrough,
     imle,
 )
 from pyro_gradest.estimators import GaussianNoise, GumbelNoise, LogisticNoise, Noise, top_k
+from pyro_gradest.estimators.discrete._subset_sampler import SplitNoise
 from tests.oracles import discrete as oracle
 
 # A plate of many data that are all alike, whose noise fills its space evenly: the sum over data is
@@ -362,3 +365,150 @@ def test_sites_without_a_density_are_refused_elsewhere():
         PerturbAndMAP(torch.zeros(3), top_k(2), temperature=0.0)
     with pytest.raises(ValueError, match="1 event axes"):
         PerturbAndMAP(torch.tensor(0.0), top_k(2))
+
+
+# Subsets
+
+
+SUBSETS = oracle.subsets(4, 2)
+SUBSET_THETA, SUBSET_PRIOR = np.array([0.5, -0.5, 0.2, 0.0]), np.array([0.3, -0.2, 0.0, 0.1])
+WEIGHTS = np.array([1.0, -1.0, 0.5, 2.0])
+
+
+class EvenSplits(SplitNoise):
+    def sample_like(self, theta, *, generator=None):
+        uniform = torch.as_tensor(oracle.uniform_points(NUMBER, 3))
+        return torch.cat([torch.zeros(NUMBER, 4), uniform], dim=-1)
+
+
+# With k of n = 4 items three uniform numbers make a draw.
+EVEN_SPLITS = EvenSplits(4)
+LOG_LIKELIHOODS = {
+    "none": lambda z: 0.0 * (z @ torch.as_tensor(WEIGHTS)),
+    "linear": lambda z: z @ torch.as_tensor(WEIGHTS),
+    "quadratic": lambda z: -0.5 * (1 - z @ torch.as_tensor(WEIGHTS)) ** 2,
+}
+
+
+def k_subset_model(likelihood):
+    with pyro.plate("data", NUMBER):
+        z = pyro.sample("z", KSubset(torch.as_tensor(SUBSET_PRIOR), 2))
+        pyro.factor("x", LOG_LIKELIHOODS[likelihood](z))
+
+
+def k_subset_guide(likelihood):
+    theta = pyro.param("theta", torch.as_tensor(SUBSET_THETA))
+    with pyro.plate("data", NUMBER):
+        pyro.sample("z", KSubset(theta, 2))
+
+
+def k_subset_error(estimator, likelihood, loss):
+    """Of the gradient of the negative ELBO, against that by enumeration, relative to it."""
+    q, p = (oracle.exponential_family(SUBSETS, t) for t in (SUBSET_THETA, SUBSET_PRIOR))
+    values = np.log(q) - np.log(p)
+    values -= [LOG_LIKELIHOODS[likelihood](torch.as_tensor(z)).item() for z in SUBSETS]
+    mean = oracle.mean(SUBSETS, SUBSET_THETA)
+    exact = sum(q[i] * values[i] * (z - mean) for i, z in enumerate(SUBSETS))
+    wrapped = imle(k_subset_guide, {"z": estimator})
+    pyro.clear_param_store()
+    loss.loss_and_grads(k_subset_model, wrapped, likelihood)
+    actual = pyro.param("theta").grad.numpy() / NUMBER
+    return np.linalg.norm(actual - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("likelihood", ["none", "linear"])
+def test_subsets_are_unbiased_for_what_is_linear(likelihood):
+    """Under the exact divergence each draw has the exact gradient by itself."""
+    for estimator in (SIMPLE(), StraightThrough(noise=EVEN_SPLITS)):
+        assert k_subset_error(estimator, likelihood, TraceMeanField_ELBO()) < 1e-10
+    even = IMLE(step_size=0.1, noise=EVEN_SPLITS)
+    error = k_subset_error(even, likelihood, TraceMeanField_ELBO())
+    assert error < (1e-10 if likelihood == "none" else 0.03)
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), IWAE(1)], ids=["trace", "iwae"])
+def test_subsets_keep_their_exact_log_probability(loss):
+    even = {"noise": EVEN_SPLITS}
+    assert k_subset_error(IMLE(step_size=0.1, **even), "linear", loss) < 0.03
+    assert k_subset_error(StraightThrough(**even), "linear", loss) < 0.01
+
+
+def test_bias_of_subsets_beyond_what_is_linear():
+    """Biased by design, and the mean's gradient alone much more so."""
+    even, loss = {"noise": EVEN_SPLITS}, TraceMeanField_ELBO()
+    assert 0.1 < k_subset_error(IMLE(step_size=0.1, **even), "quadratic", loss) < 0.3
+    assert k_subset_error(StraightThrough(**even), "quadratic", loss) > 0.6
+
+
+@pytest.mark.parametrize("estimator", [AdaptiveIMLE(), SIMPLE()])
+def test_groups_of_subsets_find_the_posterior(estimator):
+    """Two groups to a datum, under a mask and in a plate; values stay exactly subsets."""
+    x = torch.tensor([[[0.0, 3.0, 3.0], [3.0, 0.0, 3.0]], [[3.0, 3.0, 0.0], [0.0, 3.0, 3.0]]])
+
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", KSubset(torch.zeros(2, 3), 2).to_event(1).mask(True))
+            pyro.sample("x", dist.Normal(3 * z, 1.0).to_event(2), obs=x)
+
+    def guide():
+        logits = pyro.param("logits", torch.zeros(2, 2, 3))
+        with pyro.plate("data", 2):
+            return pyro.sample("z", KSubset(logits, 2).to_event(1).mask(True))
+
+    wrapped = imle(guide, {"z": estimator})
+    svi = SVI(model, wrapped, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO(3))
+    for _ in range(60):
+        svi.step()
+
+    means = KSubset(pyro.param("logits").detach(), 2).mean
+    assert ((means > 0.7) == (x > 1)).all()
+    z = wrapped()
+    assert ((z == 0) | (z == 1)).all()
+    assert (z.sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (ReinMax(), "SIMPLE and StraightThrough, got ReinMax"),
+        (GumbelSoftmaxST(), "SIMPLE and StraightThrough, got GumbelSoftmaxST"),
+        (IMLE(noise=GumbelNoise()), "wrong entropy"),
+        (AdaptiveIMLE(temperature=0.5), "wrong entropy"),
+    ],
+)
+def test_refusals_at_subsets(estimator, message):
+    with pytest.raises(ValueError, match=message):
+        imle(lambda: pyro.sample("z", KSubset(torch.zeros(4), 2)), {"z": estimator})()
+
+
+def test_draws_without_replacement_are_refused():
+    """In the guide, also under an estimator for all sites, and as the prior of a subset."""
+
+    def guide():
+        theta = pyro.param("theta", torch.zeros(4))
+        pyro.sample("z", PlackettLuceSubset(theta, 2))
+
+    for config in ({"z": SIMPLE()}, SIMPLE()):
+        with pytest.raises(ValueError, match="PlackettLuceSubset, for which imle knows no"):
+            imle(guide, config)()
+
+    def model(k, prior):
+        pyro.sample("z", prior(torch.zeros(4), k))
+
+    def subset_guide(k, prior):
+        theta = pyro.param("logits", torch.arange(4.0))
+        pyro.sample("z", KSubset(theta, k))
+
+    wrapped = imle(subset_guide, SIMPLE())
+    with pytest.raises(ValueError, match=r"prior would count for nothing\. Sample KSubset"):
+        Trace_ELBO().loss_and_grads(model, wrapped, 2, PlackettLuceSubset)
+    gradients = []
+    for prior in (PlackettLuceSubset, KSubset):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        Trace_ELBO().loss_and_grads(model, wrapped, 1, prior)
+        gradients.append(pyro.param("logits").grad)
+    torch.testing.assert_close(*gradients)
+    # Without a gradient in the value there is nothing to refuse.
+    site, z = PlackettLuceSubset(torch.zeros(4), 2), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    assert site.log_prob(z).item() == pytest.approx(-np.log(6))

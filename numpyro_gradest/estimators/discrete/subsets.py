@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_gradest.estimators.discrete.noise import GumbelNoise
-
 # Stands for the logarithm of zero. -inf would make the derivative of a logsumexp nan.
 _NEVER = -1e30
 
@@ -34,23 +32,45 @@ def draw(
     sample_shape: tuple[int, ...] = (),
 ) -> Float[Array, " *samples_batch n"]:
     """Subsets ``[*sample_shape, *batch, n]``, exactly from the family."""
+    shape = (*sample_shape, *theta.shape[:-1], num_splits(theta.shape[-1]))
+    return place(theta, jax.random.uniform(key, shape, theta.dtype), num_ones)
+
+
+def num_splits(num_items: int) -> int:
+    """How many uniform numbers make a draw: one for each node that splits its ones in two."""
+    return 2 ** _depth(num_items) - 1
+
+
+def place(
+    theta: Float[Array, " *batch n"], uniform: Float[Array, " *samples_batch splits"], num_ones: int
+) -> Float[Array, " *samples_batch n"]:
+    """The draws that these uniform numbers make: of like thetas, like draws."""
     tree = _tree(jax.lax.stop_gradient(theta), num_ones)
-    counts = jnp.full((*sample_shape, *theta.shape[:-1], 1), num_ones)
-    keys = jax.random.split(key, len(tree))
-    for key, level in zip(keys, reversed(tree[:-1]), strict=False):
+    counts = jnp.full((*uniform.shape[:-1], 1), num_ones)
+    for level in reversed(tree[:-1]):
         left, right = level[..., 0::2, :], level[..., 1::2, :]
         others = counts[..., None] - jnp.arange(left.shape[-1])
-        log_weights = left + _coefficient(right, others)
-        in_left = jnp.argmax(log_weights + GumbelNoise().sample_like(key, log_weights), axis=-1)
+        weights = jax.nn.softmax(left + _coefficient(right, others), axis=-1)
+        cumulative = jnp.cumsum(weights, axis=-1)
+        num_nodes = counts.shape[-1]
+        level_uniform = uniform[..., num_nodes - 1 : 2 * num_nodes - 1, None]
+        total = cumulative[..., -1:]
+        # Rounding must not lead past the last count that is possible.
+        is_passed = (cumulative <= level_uniform * total) & (cumulative < total)
+        in_left = jnp.sum(is_passed, axis=-1)
         counts = jnp.stack([in_left, counts - in_left], axis=-1)
         counts = counts.reshape(*counts.shape[:-2], -1)
     return counts[..., : theta.shape[-1]].astype(theta.dtype)
 
 
+def _depth(num_items: int) -> int:
+    return (num_items - 1).bit_length()
+
+
 def _tree(theta: Array, num_ones: int) -> list[Array]:
     """Log-coefficients ``[*batch, nodes, degree + 1]`` of every level, from the items up."""
     num_items = theta.shape[-1]
-    depth = (num_items - 1).bit_length()
+    depth = _depth(num_items)
     widths = [(0, 0)] * (theta.ndim - 1) + [(0, 2**depth - num_items)]
     padded = jnp.pad(theta, widths, constant_values=_NEVER)
     levels = [jnp.stack([jnp.zeros_like(padded), padded], axis=-1)]

@@ -10,8 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_gradest.estimators.discrete.noise import GumbelNoise
-
 # Stands for the logarithm of zero. -inf would make the derivative of a logsumexp nan.
 _NEVER = -1e30
 
@@ -34,22 +32,47 @@ def draw(
     sample_shape: tuple[int, ...] = (),
 ) -> Float[Tensor, " *samples_batch n"]:
     """Subsets ``[*sample_shape, *batch, n]``, exactly from the family."""
+    shape = (*sample_shape, *theta.shape[:-1], num_splits(theta.shape[-1]))
+    uniform = torch.rand(shape, generator=generator, dtype=theta.dtype, device=theta.device)
+    return place(theta, uniform, num_ones)
+
+
+def num_splits(num_items: int) -> int:
+    """How many uniform numbers make a draw: one for each node that splits its ones in two."""
+    return 2 ** _depth(num_items) - 1
+
+
+def place(
+    theta: Float[Tensor, " *batch n"],
+    uniform: Float[Tensor, " *samples_batch splits"],
+    num_ones: int,
+) -> Float[Tensor, " *samples_batch n"]:
+    """The draws that these uniform numbers make: of like thetas, like draws."""
     tree = _tree(theta.detach(), num_ones)
-    counts = torch.full((*sample_shape, *theta.shape[:-1], 1), num_ones, device=theta.device)
+    counts = torch.full((*uniform.shape[:-1], 1), num_ones, device=theta.device)
     for level in reversed(tree[:-1]):
         left, right = level[..., 0::2, :], level[..., 1::2, :]
         others = counts[..., None] - torch.arange(left.shape[-1], device=theta.device)
-        log_weights = left + _coefficient(right, others)
-        noisy = log_weights + GumbelNoise().sample_like(log_weights, generator=generator)
-        in_left = noisy.argmax(dim=-1)
+        weights = torch.softmax(left + _coefficient(right, others), dim=-1)
+        cumulative = weights.cumsum(dim=-1)
+        num_nodes = counts.shape[-1]
+        level_uniform = uniform[..., num_nodes - 1 : 2 * num_nodes - 1, None]
+        total = cumulative[..., -1:]
+        # Rounding must not lead past the last count that is possible.
+        is_passed = (cumulative <= level_uniform * total) & (cumulative < total)
+        in_left = is_passed.sum(dim=-1)
         counts = torch.stack([in_left, counts - in_left], dim=-1).flatten(-2)
     return counts[..., : theta.shape[-1]].to(theta.dtype)
+
+
+def _depth(num_items: int) -> int:
+    return (num_items - 1).bit_length()
 
 
 def _tree(theta: Tensor, num_ones: int) -> list[Tensor]:
     """Log-coefficients ``[*batch, nodes, degree + 1]`` of every level, from the items up."""
     num_items = theta.shape[-1]
-    depth = (num_items - 1).bit_length()
+    depth = _depth(num_items)
     padded = torch.nn.functional.pad(theta, (0, 2**depth - num_items), value=_NEVER)
     levels = [torch.stack([torch.zeros_like(padded), padded], dim=-1)]
     for _ in range(depth):

@@ -1,0 +1,66 @@
+"""The exact sampler of subsets in the form of a solver, for estimators that solve under noise.
+
+A draw z(theta, u) is made of uniform numbers u. Its maximum is none of <z, theta + noise>, so that
+u can't be added to theta; it comes after it, in entries of their own where theta, the state and
+hence every gradient are zero.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from numpyro_gradest.estimators.discrete import subsets
+from numpyro_gradest.estimators.discrete.noise import Noise
+from numpyro_gradest.estimators.discrete.solvers import Solver
+
+
+@dataclass(frozen=True)
+class SplitNoise(Noise):
+    """Uniform numbers in the entries behind the items, nothing in those of the items."""
+
+    num_items: int
+
+    def sample_like(self, key: Array, theta: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
+        shape = (*theta.shape[:-1], theta.shape[-1] - self.num_items)
+        uniform = jax.random.uniform(key, shape, theta.dtype)
+        return jnp.concatenate([jnp.zeros_like(theta[..., : self.num_items]), uniform], axis=-1)
+
+
+def subset_sampler(num_items: int, num_ones: int) -> Solver:
+    """Solver of :func:`with_splits` of theta, whose states are draws with :func:`with_splits`."""
+    options = num_items, num_ones
+    return Solver(
+        partial(_solve, *options),
+        noise=SplitNoise(num_items),
+        marginals=partial(_marginals, *options),
+        draw=partial(_draw, *options),
+        is_trusted=True,
+    )
+
+
+def with_splits(values: Float[Array, " *batch n"], num_items: int) -> Float[Array, " *batch m"]:
+    """``values`` and a zero for each uniform number of a draw."""
+    widths = [(0, 0)] * (values.ndim - 1) + [(0, subsets.num_splits(num_items))]
+    return jnp.pad(values, widths)
+
+
+def of_items(sample: Callable[[Array, Array], Array], num_items: int) -> Callable:
+    """The function from key and theta of the items to their states that ``sample`` makes."""
+    return lambda key, theta: sample(key, with_splits(theta, num_items))[..., :num_items]
+
+
+def _solve(num_items: int, num_ones: int, theta: Array) -> Array:
+    states = subsets.place(theta[..., :num_items], theta[..., num_items:], num_ones)
+    return with_splits(states, num_items)
+
+
+def _marginals(num_items: int, num_ones: int, theta: Array) -> Array:
+    return with_splits(subsets.marginals(theta[..., :num_items], num_ones), num_items)
+
+
+def _draw(num_items: int, num_ones: int, key: Array, theta: Array) -> Array:
+    return with_splits(subsets.draw(key, theta[..., :num_items], num_ones), num_items)
