@@ -9,12 +9,15 @@ from numpyro_gradest.diagnostics.gradient_report import EstimatorComparison, Gra
 from numpyro_gradest.diagnostics.gradient_statistics import compare_estimators, gradient_statistics
 from numpyro_gradest.diagnostics.implicit_fit import check_implicit_fit
 from numpyro_gradest.diagnostics.implicit_report import ImplicitFitReport, ImplicitSitesCheck
+from numpyro_gradest.diagnostics.training_monitor import TrainingMetrics, TrainingMonitor
 
 __all__ = [
     "EstimatorComparison",
     "GradientStatistics",
     "ImplicitFitReport",
     "ImplicitSitesCheck",
+    "TrainingMetrics",
+    "TrainingMonitor",
     "check_implicit_fit",
     "compare_estimators",
     "gradient_statistics",

@@ -16,12 +16,16 @@ from numpyro.infer import ELBO
 
 from numpyro_gradest.estimators import (
     dreg_weights,
+    effective_sample_size,
     linear_surrogate,
     renyi_bound,
     renyi_weights,
 )
 from numpyro_gradest.infer._particles import Particles, refuse_log_weights, run_particle
 from numpyro_gradest.infer._trace import Program
+
+SAMPLE_SIZE = "_effective_sample_size"
+"""State under which a loss leaves the effective sample size of a step, for who puts it there."""
 
 
 class MultiSampleELBO(ELBO, ABC):
@@ -225,6 +229,8 @@ class MultiSampleELBO(ELBO, ABC):
         _warn_of_no_weight(bound)
         loss = -(jax.lax.stop_gradient(bound) + gradient_only(surrogate))
         state = mean_state(particles.mutable_state) | self._next_state(program, log_weights)
+        if SAMPLE_SIZE in param_map:
+            state[SAMPLE_SIZE] = effective_sample_size(log_weights).mean()
         return {"loss": loss, "mutable_state": state or None}
 
     def _run(self, program: Program, keys: Array) -> Particles:

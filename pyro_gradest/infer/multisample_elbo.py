@@ -233,17 +233,23 @@ class MultiSampleELBO(ELBO):
                 log-probability is NaN. All before any gradient is formed.
             NotImplementedError: If a guide site samples by rejection.
         """
-        loss, value = self._loss_and_value(model, guide, args, kwargs)
+        return self._loss_and_log_weights(model, guide, args, kwargs)[0]
+
+    def _loss_and_log_weights(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
+    ) -> tuple[float, Float[Tensor, " K replicates *batch"]]:
+        """Runs backward, and returns the log-weights that it did so with."""
+        loss, value, log_weights = self._loss_and_value(model, guide, args, kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
-        return value
+        return value, log_weights
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
         return trace_particles(program_of(self, model, guide, args, kwargs), 1)
 
     def _loss_and_value(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict
-    ) -> tuple[Float[Tensor, ""], float]:
+    ) -> tuple[Float[Tensor, ""], float, Float[Tensor, " K replicates *batch"]]:
         program = program_of(self, model, guide, args, kwargs)
         start = _rng_state()
         try:
@@ -254,7 +260,7 @@ class MultiSampleELBO(ELBO):
             loss, *runs = self._estimate(program._replace(subsamples={}))
         value = loss.item()
         _check_loss(value, *runs)
-        return loss, value
+        return loss, value, self._by_replicate(runs[0].log_weights).detach()
 
     def _estimate(self, program: Program) -> tuple[Any, ...]:
         """The loss, and the particles that it was made from."""

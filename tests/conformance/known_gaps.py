@@ -191,6 +191,20 @@ KNOWN_GAPS = [
         "parameter batch_size only in numpyro_gradest",
         "Pyro's losses run backward themselves, one gradient at a time.",
     ),
+    # Steps that are measured.
+    *(
+        Gap(
+            "diagnostics.training_monitor.TrainingMonitor",
+            f"member {member}",
+            "Each host's own step. Pyro's has happened when it returns and is recorded at once; "
+            "NumPyro's is a pure function of its state, and what it returns is recorded outside.",
+        )
+        for member in (
+            "step only in pyro_gradest",
+            "update only in numpyro_gradest",
+            "record only in numpyro_gradest",
+        )
+    ),
     # Functions that draw from a fitted guide.
     *(
         Gap(function, difference, reason)

@@ -21,7 +21,7 @@ TOP = 4  # the package's own __init__.py
 ARRAYS = {"pyro": {"torch"}, "numpyro": {"jax"}}
 EVERYWHERE = {"numpy", "scipy", "jaxtyping", *sys.stdlib_module_names}
 # What comes with both hosts, and what is imported where something is drawn or tabulated.
-IN_DIAGNOSTICS = {"tqdm", "matplotlib", "pandas"}
+IN_DIAGNOSTICS = {"tqdm", "matplotlib", "pandas", "arviz"}
 
 # The modules of infer/ that may run a program under a trace and read the trace's sites.
 SEAM = (
