@@ -15,6 +15,7 @@ least squares: a reference, and no bound, as that is not the loss of a path.
 
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -172,6 +173,7 @@ def score(solve: Callable, params: dict[str, np.ndarray], maps: Maps) -> tuple[f
 
 
 def main(hosts: list[str]) -> None:
+    warnings.filterwarnings("ignore", ".*discrete latent variables")  # these have a gradient
     for host in hosts:
         solver = import_module(f"{host}_gradest.estimators").shortest_path()
         asarray = import_module("torch").as_tensor if host == "pyro" else np.asarray
