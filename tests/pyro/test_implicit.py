@@ -272,6 +272,21 @@ def test_discrete_sites_beside_implicit_ones(vectorize):
     torch.testing.assert_close(pyro.param("logit").grad, expected)
 
 
+@pytest.mark.parametrize("shape", [(9, 1), (2, 12, 3)], ids=str)
+def test_the_default_score_estimator_equals_the_oracle(shape):
+    """Stein's at 0.7 times the median distance of the whitened samples, calibrated."""
+
+    def desired(samples):
+        mean, factor = oracle.whitening(samples)
+        whitened = np.linalg.solve(factor, (samples - mean).T).T
+        bandwidth = 0.7 * oracle.median_bandwidth(whitened)
+        return oracle.calibrate(samples, oracle.stein(samples, bandwidth=bandwidth))
+
+    samples = np.random.default_rng(0).gamma(2.0, size=shape)
+    actual = ImplicitELBO(shape[-2]).score_estimator(torch.as_tensor(samples))
+    np.testing.assert_allclose(actual, oracle.per_batch_element(desired, samples), rtol=1e-7)
+
+
 # --- in SVI --------------------------------------------------------------------------------------
 
 

@@ -163,7 +163,7 @@ def median_bandwidth(samples: Float[Array, " *batch N D"]) -> Float[Array, " *ba
         Garreau, Jitkrittum and Kanagawa, `Large sample analysis of the median heuristic
         <https://arxiv.org/abs/1707.07269>`_, 2017, equation 2, which squares it.
     """
-    samples = as_samples(samples, caller="median_bandwidth")
+    samples = as_samples(samples, caller="median_bandwidth", may_be_few=True)
     # Centred, since squared distances come from products, which offsets would swamp.
     centred = samples - samples[..., :1, :]
     centred = centred - centred.mean(axis=-2, keepdims=True)

@@ -162,7 +162,7 @@ def median_bandwidth(samples: Float[Tensor, " *batch N D"]) -> Float[Tensor, " *
         Garreau, Jitkrittum and Kanagawa, `Large sample analysis of the median heuristic
         <https://arxiv.org/abs/1707.07269>`_, 2017, equation 2, which squares it.
     """
-    samples = as_samples(samples, caller="median_bandwidth")
+    samples = as_samples(samples, caller="median_bandwidth", may_be_few=True)
     # Centred, since squared distances come from products, which offsets would swamp.
     centred = samples - samples[..., :1, :]
     centred = centred - centred.mean(dim=-2, keepdim=True)

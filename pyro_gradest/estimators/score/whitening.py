@@ -75,7 +75,7 @@ def fit_whitening(samples: Float[Tensor, " *batch N D"]) -> Whitening:
         Kessy, Lewin and Strimmer, `Optimal Whitening and Decorrelation
         <https://arxiv.org/abs/1512.00809>`_, 2018, whose Cholesky whitening factorises the inverse.
     """
-    return whitening_of(as_samples(samples, caller="fit_whitening"))
+    return whitening_of(as_samples(samples, caller="fit_whitening", may_be_few=True))
 
 
 def whitening_of(samples: Float[Tensor, " *batch N D"]) -> Whitening:
