@@ -4,7 +4,7 @@
 #   make test                     lint, types and every test
 #   make lint                     lint and types only
 #   make bench                    time, memory and gradient noise, as ratios within one run
-#   make snr                      signal-to-noise ratio and variance against the number of particles
+#   make snr [FIGURE=plots.png]   signal-to-noise ratio and variance against the number of particles
 #   make table                    exact bias and variance, into docs/bias_and_variance.md
 #   make tutorials                run the notebooks at full length and keep their outputs
 
@@ -47,7 +47,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks
 
 snr: $(STAMP)
-	$(BIN)/python -m tests.benchmarks.snr_gaussian_toy
+	$(BIN)/python -m tests.benchmarks.snr_gaussian_toy $(if $(FIGURE),--figure "$(FIGURE)")
 
 table: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.bias_and_variance

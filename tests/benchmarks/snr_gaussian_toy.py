@@ -238,7 +238,7 @@ def draw_figure(by_host: dict[str, Results], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     columns = {
         "snr": "signal-to-noise ratio",
@@ -246,7 +246,7 @@ def draw_figure(by_host: dict[str, Results], path: Path) -> None:
         "variance": "variance",
     }
     figure, axes = pyplot.subplots(
-        len(by_host), 3, figsize=(13, 4 * len(by_host)), squeeze=False, sharex=True
+        len(by_host), 3, figsize=(14, 5 * len(by_host)), squeeze=False, layout="constrained"
     )
     for row, (host, results) in zip(axes, by_host.items(), strict=True):
         for axis, (what, label) in zip(row, columns.items(), strict=True):
@@ -256,9 +256,11 @@ def draw_figure(by_host: dict[str, Results], path: Path) -> None:
                 legend = f"{name} ({slope(by_particles, what):+.2f})"
                 axis.loglog(list(by_particles), values, style, marker="o", label=legend)
             axis.set(title=host, xlabel="particles K", ylabel=label)
-            axis.legend(title="and slope", fontsize="x-small", title_fontsize="x-small")
+            axis.set_xticks(list(by_particles), list(map(str, by_particles)))
+            axis.xaxis.set_minor_locator(ticker.NullLocator())
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 2}
+            axis.legend(title="and slope", fontsize="small", **below)
     figure.suptitle("Gaussian toy; dashed: gradients of something else than the bound")
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
