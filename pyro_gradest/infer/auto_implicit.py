@@ -120,7 +120,7 @@ class AutoImplicit(AutoContinuous):
         fn = dist.Normal(torch.zeros_like(self.skip[:, 0]), 1.0).to_event(1)
         noise = pyro.sample(f"_{self._pyro_name}_noise", fn, infer={"is_auxiliary": True})
         latent = Implicit(self.loc + noise @ self.skip + self.network(noise), event_dim=1)
-        infer = {"is_auxiliary": True, "joins": tuple(self._unconstrained_shapes)}
+        infer: Any = {"is_auxiliary": True, "joins": tuple(self._unconstrained_shapes)}
         return pyro.sample(f"_{self._pyro_name}_latent", latent, infer=infer)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
