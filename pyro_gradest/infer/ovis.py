@@ -53,8 +53,8 @@ class OVIS(MultiSampleELBO):
 
     Raises:
         TypeError: If a count is not an integer, or an option is unknown.
-        ValueError: If ``num_particles < 2``, ``gamma`` is not in [0, 1], or ``gamma``,
-            ``num_auxiliary`` and ``alpha`` are combined; at the first evaluation, if model and
+        ValueError: If ``num_particles < 2``, ``gamma`` is not in [0, 1], or ``gamma``
+            is combined with ``num_auxiliary`` or ``alpha``; at the first evaluation, if model and
             guide do not match.
 
     Bias and variance:
@@ -128,11 +128,10 @@ class OVIS(MultiSampleELBO):
                 "asymptotic control variate, auxiliary draws to the Monte Carlo one. Set one of "
                 "them to 0."
             )
-        if alpha and (gamma or num_auxiliary):
+        if alpha and gamma:
             raise ValueError(
-                f"OVIS got alpha={alpha} with gamma={gamma} and num_auxiliary={num_auxiliary}: for "
-                "other orders than 0 the asymptotic control variate is known, and no wake-phi term "
-                "or auxiliary draws with it. Leave gamma and num_auxiliary at 0, or use alpha=0."
+                f"OVIS got alpha={alpha} with gamma={gamma}: the wake-phi term is known for the "
+                "importance-weighted bound only. Leave gamma at 0, or use alpha=0."
             )
         self.num_auxiliary = num_auxiliary
         self.gamma = gamma
@@ -144,7 +143,7 @@ class OVIS(MultiSampleELBO):
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
     ) -> Float[Tensor, " K *batch"]:
         if auxiliary_log_weights is not None:
-            return ovis_mc_learning_signal(log_weights, auxiliary_log_weights)
+            return ovis_mc_learning_signal(log_weights, auxiliary_log_weights, alpha=self.alpha)
         if self.alpha:
             return renyi_learning_signal(log_weights, alpha=self.alpha)
         return ovis_gamma_learning_signal(log_weights, gamma=self.gamma)

@@ -82,10 +82,11 @@ def ovis(K, gamma, **options):
     return Objective("OVIS", signal, num_particles=K, bias=gamma, gamma=gamma, **options)
 
 
-def ovis_mc(K, S, **options):
-    return Objective(
-        "OVIS", oracle.ovis_mc_learning_signal, num_particles=K, num_auxiliary=S, **options
-    )
+def ovis_mc(K, S, *, alpha=0.0, **options):
+    signal = partial(oracle.ovis_mc_learning_signal, alpha=alpha)
+    objective = Objective("OVIS", signal, num_particles=K, alpha=alpha, num_auxiliary=S, **options)
+    objective.options = {"alpha": alpha, **objective.options}
+    return objective
 
 
 def wake_sleep(K, **options):
@@ -121,6 +122,7 @@ OBJECTIVES = {
     "iwae-alpha-K2": renyi("IWAE", 2, 0.4, "none"),
     "vimco-alpha-K3": renyi("VIMCO", 3, 0.4, "geometric"),
     "ovis-alpha-K2": renyi("OVIS", 2, 0.4, "asymptotic"),
+    "ovis-mc-alpha-K2-S1": ovis_mc(2, 1, alpha=0.4),
     "rloo-K3": rloo(3),
     "rloo-K2": rloo(2),
     "tvo-elbo-K3": tvo(3, [0.0]),

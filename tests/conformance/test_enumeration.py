@@ -67,13 +67,15 @@ ESTIMATORS = {
             ("asymptotic", 1.0),
         ]
     },
+    "ovis-mc-S2-alpha0.4": ("ovis_mc_learning_signal", {"alpha": 0.4}, 2),
+    "ovis-mc-S1-alpha1": ("ovis_mc_learning_signal", {"alpha": 1.0}, 1),
     "reinforce-leave-one-out": ("reinforce_leave_one_out_learning_signal", {}, 0),
 }
 # Those of the average log-weight take its coefficients for log p.
 ORDERS = {"reinforce-leave-one-out": 1.0}
 UNBIASED = [
     *list(ESTIMATORS)[:6],
-    *(name for name in ESTIMATORS if name.startswith(("renyi", "reinforce-"))),
+    *(name for name in ESTIMATORS if name.startswith(("renyi", "reinforce-")) or "-alpha" in name),
 ]
 
 

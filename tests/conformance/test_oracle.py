@@ -137,16 +137,18 @@ def test_value(backend, name, make, shape):
     [(1, random_weights), (4, spread_weights), (3, mixed_zero_weights)],
     ids=["S1-random", "S4-spread", "S3-mixed_zero"],
 )
-def test_value_of_ovis_mc(backend, make, make_auxiliary, num_auxiliary, shape):
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_value_of_ovis_mc(backend, make, make_auxiliary, num_auxiliary, shape, alpha):
     rng = np.random.default_rng(0)
     log_weights = make(rng, shape)
     auxiliary = make_auxiliary(rng, (num_auxiliary, *shape[1:]))
 
     actual = backend.estimators.ovis_mc_learning_signal(
-        backend.array(log_weights), backend.array(auxiliary)
+        backend.array(log_weights), backend.array(auxiliary), alpha=alpha
     )
 
-    assert_matches(backend.numpy(actual), oracle.ovis_mc_learning_signal(log_weights, auxiliary))
+    desired = oracle.ovis_mc_learning_signal(log_weights, auxiliary, alpha=alpha)
+    assert_matches(backend.numpy(actual), desired)
 
 
 @pytest.mark.parametrize("name", [*SIGNALS, *STATISTICS])

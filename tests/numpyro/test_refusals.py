@@ -57,7 +57,7 @@ X = jnp.array([0.9, -0.4, 0.1, 1.7])
         (lambda: VIMCO(2, alpha=1.5), ValueError, r"0 <= alpha <= 1, got 1\.5"),
         (lambda: IWAE(2, alpha=math.nan), ValueError, "0 <= alpha <= 1, got nan"),
         (lambda: OVIS(2, alpha=0.5, gamma=1.0), ValueError, "alpha=0.5 with gamma=1.0"),
-        (lambda: OVIS(2, alpha=0.5, num_auxiliary=1), ValueError, "num_auxiliary=1"),
+        (lambda: OVIS(2, alpha=1.5, num_auxiliary=1), ValueError, "0 <= alpha <= 1"),
     ],
 )
 def test_options_are_checked_when_the_objective_is_made(build, error, match):

@@ -172,17 +172,27 @@ def ovis_gamma_learning_signal(log_weights, *, gamma=0.0):
     return _per_batch_element(signal, log_weights)
 
 
-def ovis_mc_learning_signal(log_weights, auxiliary_log_weights):
-    def signal(lw, auxiliary):
-        def prefactor_of(draw, others):
-            # L - v_k as it would have been with an independent draw in the place of particle k.
-            stand_in = [*others, draw]
-            return bound_of(stand_in) - weights_of(stand_in)[-1]
+def ovis_mc_learning_signal(log_weights, auxiliary_log_weights, *, alpha=0.0):
+    def prefactors(lw):
+        """L - v_k of every particle."""
+        bound = _renyi_bound_of(lw, alpha)
+        return [bound - weight for weight in _renyi_weights_of(lw, alpha)]
 
-        per_draw = [
-            _signal(lw, lambda others, draw=draw: prefactor_of(draw, others)) for draw in auxiliary
+    def coefficient(lw, k, draw):
+        """The prefactor, less what it would be with the draw in the place of particle k."""
+        others = lw[:k] + lw[k + 1 :]
+        if _renyi_bound_of(lw, alpha) == -np.inf:
+            return FLOAT(0)
+        if _renyi_bound_of([*others, draw], alpha) == -np.inf:
+            # No control variate: as in wake-phi, or at order 1, where no bound is finite, nothing.
+            return FLOAT(0) if alpha == 1 else _renyi_weights_of(lw, alpha)[k]
+        return prefactors(lw)[k] - prefactors([*others, draw])[-1]
+
+    def signal(lw, auxiliary):
+        return [
+            sum(coefficient(lw, k, draw) for draw in auxiliary) / len(auxiliary)
+            for k in range(len(lw))
         ]
-        return [sum(of_particle) / len(auxiliary) for of_particle in zip(*per_draw, strict=True)]
 
     return _per_batch_element(signal, log_weights, auxiliary_log_weights)
 

@@ -80,3 +80,9 @@ def at_zero_weights(
     in wake-phi, a_k = v_k = 1. Where all particles have zero weight, a_k = 0.
     """
     return jnp.where(loo.undefined, loo.weights, signal)
+
+
+def tempered(log_weights: Float[Array, " K *batch"], alpha: float) -> Float[Array, " K *batch"]:
+    """log w^(1 - alpha), where a weight of zero stays one at alpha = 1 too."""
+    is_zero = jnp.isneginf(log_weights)
+    return jnp.where(is_zero, -jnp.inf, (1.0 - alpha) * jnp.where(is_zero, 0.0, log_weights))

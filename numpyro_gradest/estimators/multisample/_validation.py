@@ -32,3 +32,12 @@ def as_log_weights(
             f"{log_weights.shape}. {remedy}"
         )
     return jax.lax.stop_gradient(log_weights)
+
+
+def check_alpha(caller: str, alpha: float) -> None:
+    """Refuse an order of the variational Renyi bound that is not between 0 and 1."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(
+            f"{caller} needs 0 <= alpha <= 1, got {alpha}: 0 is the importance-weighted bound, 1 "
+            "the ELBO, and beyond them the estimate is no lower bound or has no finite variance."
+        )

@@ -10,8 +10,12 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_gradest.estimators.multisample._leave_one_out import at_zero_weights, leave_one_out
-from numpyro_gradest.estimators.multisample._validation import as_log_weights
+from numpyro_gradest.estimators.multisample._leave_one_out import (
+    at_zero_weights,
+    leave_one_out,
+    tempered,
+)
+from numpyro_gradest.estimators.multisample._validation import as_log_weights, check_alpha
 from numpyro_gradest.estimators.multisample.bounds import normalized_weights
 from numpyro_gradest.estimators.multisample.ovis import ovis_gamma_learning_signal
 from numpyro_gradest.estimators.multisample.reinforce import reinforce_learning_signal
@@ -57,9 +61,9 @@ def renyi_weights(
         Daudel, Benton, Shi and Doucet, `Alpha-divergence Variational Inference Meets Importance
         Weighted Auto-Encoders <https://arxiv.org/abs/2210.06226>`_, 2023, section 3.
     """
-    _check_alpha("renyi_weights", alpha)
+    check_alpha("renyi_weights", alpha)
     log_weights = as_log_weights(log_weights, caller="renyi_weights")
-    return normalized_weights(_tempered(log_weights, alpha))
+    return normalized_weights(tempered(log_weights, alpha))
 
 
 def renyi_learning_signal(
@@ -118,7 +122,7 @@ def renyi_learning_signal(
         variance infinite as alpha goes to 1; any constant leaves the expectation alone.
     """
     caller = "renyi_learning_signal"
-    _check_alpha(caller, alpha)
+    check_alpha(caller, alpha)
     if control_variate not in _CONTROL_VARIATES:
         raise ValueError(
             f"{caller} needs control_variate as one of {_CONTROL_VARIATES}, got "
@@ -129,19 +133,19 @@ def renyi_learning_signal(
     num_particles = log_weights.shape[0]
     if alpha == 1:
         return _limit_at_one(log_weights, control_variate)
-    tempered = _tempered(log_weights, alpha)
+    powers = tempered(log_weights, alpha)
     constant = 0.0
     if control_variate == "none":
-        signal = reinforce_learning_signal(tempered)
+        signal = reinforce_learning_signal(powers)
     elif control_variate == "asymptotic":
-        signal = ovis_gamma_learning_signal(tempered)
+        signal = ovis_gamma_learning_signal(powers)
         constant = math.log1p(-1 / num_particles)
     else:
-        signal = vimco_learning_signal(tempered, leave_one_out=control_variate)
+        signal = vimco_learning_signal(powers, leave_one_out=control_variate)
     if alpha == 0:
         return signal
     # The bound and its control variate are those of the tempered weights over 1 - alpha; v is not.
-    loo = leave_one_out(tempered)
+    loo = leave_one_out(powers)
     signal = signal + alpha / (1 - alpha) * (signal + loo.weights + constant)
     if control_variate == "none":
         return jnp.where(jnp.all(jnp.isneginf(log_weights), axis=0), 0.0, signal)
@@ -166,17 +170,3 @@ def _limit_at_one(
             signal = signal - math.log1p(-1 / num_particles)
     # With a weight of zero the average is -inf: there is nothing to follow.
     return jnp.where(jnp.any(is_zero, axis=0), 0.0, signal)
-
-
-def _tempered(log_weights: Float[Array, " K *batch"], alpha: float) -> Float[Array, " K *batch"]:
-    """log w^(1 - alpha), where a weight of zero stays one at alpha = 1 too."""
-    is_zero = jnp.isneginf(log_weights)
-    return jnp.where(is_zero, -jnp.inf, (1.0 - alpha) * jnp.where(is_zero, 0.0, log_weights))
-
-
-def _check_alpha(caller: str, alpha: float) -> None:
-    if not 0 <= alpha <= 1:
-        raise ValueError(
-            f"{caller} needs 0 <= alpha <= 1, got {alpha}: 0 is the importance-weighted bound, 1 "
-            "the ELBO, and beyond them the estimate is no lower bound or has no finite variance."
-        )

@@ -81,3 +81,9 @@ def at_zero_weights(
     in wake-phi, a_k = v_k = 1. Where all particles have zero weight, a_k = 0.
     """
     return torch.where(loo.undefined, loo.weights, signal)
+
+
+def tempered(log_weights: Float[Tensor, " K *batch"], alpha: float) -> Float[Tensor, " K *batch"]:
+    """log w^(1 - alpha), where a weight of zero stays one at alpha = 1 too."""
+    is_zero = torch.isneginf(log_weights)
+    return ((1.0 - alpha) * log_weights.masked_fill(is_zero, 0.0)).masked_fill(is_zero, -torch.inf)

@@ -16,8 +16,9 @@ from pyro_gradest.estimators.multisample._leave_one_out import (
     at_zero_weights,
     leave_one_out,
     log_ratio_minus_weight,
+    tempered,
 )
-from pyro_gradest.estimators.multisample._validation import as_log_weights
+from pyro_gradest.estimators.multisample._validation import as_log_weights, check_alpha
 
 
 def ovis_gamma_learning_signal(
@@ -78,6 +79,8 @@ def ovis_gamma_learning_signal(
 def ovis_mc_learning_signal(
     log_weights: Float[Tensor, " K *batch"],
     auxiliary_log_weights: Float[Tensor, " S *batch"],
+    *,
+    alpha: float = 0.0,
 ) -> Float[Tensor, " K *batch"]:
     r"""OVIS learning signal with the Monte Carlo control variate.
 
@@ -89,21 +92,26 @@ def ovis_mc_learning_signal(
         \qquad T_{ks} = \log\Big(w_s + \sum_{l \ne k} w_l\Big),
         \qquad a_k = L - v_k - c_k
 
+    For the variational Renyi bound of order alpha all weights are raised to the power
+    :math:`1 - \alpha`, and the bounds, L and :math:`T_{ks} - \log K`, divided by it. As alpha goes
+    to 1, :math:`a_k` goes to the mean over s of :math:`(\log w_k - \log w_s) / K`.
+
     Args:
         log_weights: Unnormalised log-weights in nats, shape ``[K, *batch]``, K >= 2.
         auxiliary_log_weights: Log-weights of S >= 1 further independent draws from the guide,
             shape ``[S, *batch]``. They enter the control variate only.
+        alpha: Order of the bound, between 0 (importance-weighted) and 1 (ELBO).
 
     Returns:
         Detached learning signal, the full coefficient of h_k, shape ``[K, *batch]``.
 
     Raises:
         TypeError: If either array is not of a floating dtype.
-        ValueError: If K < 2, S < 1, or the batch shapes differ.
+        ValueError: If K < 2, S < 1, the batch shapes differ, or ``alpha`` is not in [0, 1].
 
     Bias and variance:
-        Unbiased for every S. The variance is below that of the asymptotic form for few particles
-        and falls with S.
+        Unbiased for every S, at any order. At order 0 the variance is below that of the asymptotic
+        form for few particles, and falls with S.
 
     Cost:
         O(K S) time and memory per batch element, and S more evaluations of model and guide
@@ -119,8 +127,11 @@ def ovis_mc_learning_signal(
         Lievin, Dittadi, Christensen and Winther, `Optimal Variance Control of the Score Function
         Gradient Estimator for Importance Weighted Bounds <https://arxiv.org/abs/2008.01998>`_,
         2020, section 4. The authors' code forms a tensor of S x K x K; this one needs S x K.
+        Daudel, Benton, Shi and Doucet, `Alpha-divergence Variational Inference Meets Importance
+        Weighted Auto-Encoders <https://arxiv.org/abs/2210.06226>`_, 2023, for other orders.
     """
     caller = "ovis_mc_learning_signal"
+    check_alpha(caller, alpha)
     log_weights = as_log_weights(log_weights, caller=caller, at_least=2)
     auxiliary = as_log_weights(auxiliary_log_weights, caller=caller, name="auxiliary_log_weights")
     if auxiliary.shape[1:] != log_weights.shape[1:]:
@@ -128,6 +139,9 @@ def ovis_mc_learning_signal(
             f"{caller} needs auxiliary_log_weights of shape [S, *batch] with the batch shape of "
             f"log_weights, got {tuple(auxiliary.shape)} and {tuple(log_weights.shape)}."
         )
+    if alpha == 1:
+        return _monte_carlo_at_one(log_weights, auxiliary)
+    log_weights, auxiliary = tempered(log_weights, alpha), tempered(auxiliary, alpha)
     loo = leave_one_out(log_weights)
 
     # [S, K, *batch]: with x = log w_s - LOO_k, the prefactor before the control variate exceeds
@@ -139,5 +153,21 @@ def ovis_mc_learning_signal(
     below = loo.log_ratio - softplus(x.clamp(max=0.0))
     log_sum = torch.logsumexp(log_weights - loo.shift, dim=0)
     above = log_sum - log_aux - softplus(-x.clamp(min=0.0))
-    signal = torch.where(x > 0, above, below) + torch.sigmoid(x) - loo.weights
+    excess = torch.where(x > 0, above, below) / (1 - alpha)
+    signal = excess + torch.sigmoid(x) - loo.weights
     return at_zero_weights(loo._replace(undefined=alone), signal).mean(dim=0)
+
+
+def _monte_carlo_at_one(
+    log_weights: Float[Tensor, " K *batch"], auxiliary: Float[Tensor, " S *batch"]
+) -> Float[Tensor, " K *batch"]:
+    """The limit, (lw_k - mean of lw_s) / K, over the draws that have weight."""
+    is_zero, is_missing = torch.isneginf(log_weights), torch.isneginf(auxiliary)
+    # Hundreds of nats that all particles share would round away what tells them apart.
+    shift = log_weights.amax(dim=0)
+    shift = shift.masked_fill(torch.isneginf(shift), 0.0)
+    excess = (auxiliary - shift).masked_fill(is_missing, 0.0).mean(dim=0)
+    share = 1 - is_missing.to(log_weights).mean(dim=0)
+    signal = (share * (log_weights - shift).masked_fill(is_zero, 0.0) - excess) / len(log_weights)
+    # With a weight of zero the average is -inf: there is nothing to follow.
+    return signal.masked_fill(torch.any(is_zero, dim=0), 0.0)
