@@ -50,8 +50,8 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
     Bias and variance:
         Biased by design, as the estimator is: for objectives whose log-densities are linear or
         quadratic in the states ``IMLE`` is unbiased in the limit of a small step and ``ReinMax``
-        unbiased. At ``KSubset`` sites ``IMLE`` is so for linear ones; ``SIMPLE``, which
-        ``StraightThrough`` is there, is unbiased for these. The KL divergence of
+        unbiased, also at ``KSubset`` sites, where ``IMLE`` is so for linear ones; ``SIMPLE``,
+        which ``StraightThrough`` is there, is unbiased for these. The KL divergence of
         ``TraceMeanField_ELBO`` is exact, and so is its gradient.
 
     Cost:

@@ -230,7 +230,7 @@ def _with_gradient(
     check_exact(name, estimator, LogisticNoise if kind is _Bernoulli else GumbelNoise)
     solver = threshold() if kind is _Bernoulli else one_hot_argmax()
     new = kind(logits=fn.logits)
-    new.draw = draw_of(name, estimator, solver._replace(event_dim=solver.event_dim + event_dim))
+    new.draw = draw_of(name, estimator, _of_event(solver, estimator, event_dim))
     return new
 
 
@@ -253,18 +253,24 @@ def _perturb_and_map(
 
 
 def _k_subset(fn: Any, name: str, estimator: Estimator, draw_of: Callable, event_dim: int) -> Any:
-    if isinstance(estimator, (GumbelSoftmaxST, ReinMax)):
+    if isinstance(estimator, GumbelSoftmaxST):
         raise ValueError(
-            f"Site {name!r} draws from KSubset, for which there are IMLE, AdaptiveIMLE, SIMPLE and "
-            f"StraightThrough, got {estimator}. Take one of these."
+            f"Site {name!r} draws from KSubset, for which there are IMLE, AdaptiveIMLE, ReinMax, "
+            f"SIMPLE and StraightThrough, got {estimator}. Take one of these."
         )
     check_exact(name, estimator, SplitNoise)
     num_items = fn.event_shape[0]
-    solver = subset_sampler(num_items, fn.k)
+    solver = _of_event(subset_sampler(num_items, fn.k), estimator, event_dim)
     new = _KSubset(fn.logits, fn.k)
-    solver = solver._replace(event_dim=solver.event_dim + event_dim)
     new.draw = of_items(draw_of(name, estimator, solver), num_items)
     return new
+
+
+def _of_event(solver: Solver, estimator: Estimator, event_dim: int) -> Solver:
+    """The solver whose states are the whole event; for ReinMax its independent parts are."""
+    if isinstance(estimator, ReinMax):
+        return solver
+    return solver._replace(event_dim=solver.event_dim + event_dim)
 
 
 def _kind(fn: Any) -> type | None:

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.discrete_gradients [numpyro] [pyro] [--draws 400000]
 
 The study takes subsets of k = 5 of n = 10 items and two objectives, |z - b|^2 and sin(z' A z); the
-latter is far from quadratic. Exact gradients come from all 252 subsets; SIMPLE is held against that
-of its own law, the exponential family, the others against that of Gumbel top-k. Figures are of the
-mean of 10 draws:
+latter is far from quadratic. Exact gradients come from all 252 subsets; SIMPLE and ReinMax are held
+against that of their own law, the exponential family, the others against that of Gumbel top-k.
+Figures are of the mean of 10 draws:
 
     bias       |mean - exact| / |exact|, with the standard error that chance alone would give
     noise      root of the summed variances / |exact|
@@ -194,6 +194,7 @@ def study(host: Any, draws: int) -> Iterator[tuple[str, str, dict[str, float]]]:
         "StraightThrough, identity": e.StraightThrough(),
         "GumbelSoftmaxST": e.GumbelSoftmaxST(),
         "SIMPLE": e.SIMPLE(),
+        "ReinMax": e.ReinMax(),
     }
     chunk = min(20_000, draws)
     rows = np.broadcast_to(theta, (chunk, N)).copy()
@@ -209,7 +210,7 @@ def study(host: Any, draws: int) -> Iterator[tuple[str, str, dict[str, float]]]:
                     state = estimator.update(state, draw(state)[1])
             draw = host.gradient(objectives[name], rows, estimator, own)
             gradients = np.concatenate([draw(state)[0] for _ in range(draws // chunk)])
-            law = exponential_family if label == "SIMPLE" else plackett_luce
+            law = exponential_family if label in ("SIMPLE", "ReinMax") else plackett_luce
             yield name, label, summary(gradients, laws[law] @ value)
         yield name, "score, leave one out", score_function(value, theta, laws, draws, rng)
 

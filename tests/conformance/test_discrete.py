@@ -558,6 +558,29 @@ def test_reinmax_of_bits_is_that_of_two_classes(backend):
         np.testing.assert_allclose(actual, oracle.reinmax(np.array([t, 0.0]), state, dy)[0])
 
 
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_reinmax_of_subsets_is_unbiased_up_to_quadratic_objectives(backend, degree):
+    """Summed over all subsets; biased by design for the others."""
+    rng = np.random.default_rng(0)
+    theta, weights = rng.normal(size=5), rng.normal(size=5)
+    states = np.array(oracle.subsets(5, 3))
+    top_3, drawn = backend.estimators.top_k(3), backend.array(states)
+    solver = top_3._replace(draw=lambda *_: drawn)
+    probabilities = oracle.exponential_family(states, theta)
+
+    def objective(theta):
+        z = draw(backend, backend.estimators.ReinMax(), theta, solver)
+        values = ((z * backend.array(weights)).sum(-1) + 1) ** degree
+        return (backend.array(probabilities) * values).sum()
+
+    (gradients,) = backend.gradients(objective, np.broadcast_to(theta, states.shape))
+
+    mean, values = oracle.mean(states, theta), (states @ weights + 1) ** degree
+    exact = (probabilities * values) @ (states - mean)
+    error = relative_error(gradients.sum(axis=0), exact)
+    assert error < 1e-12 if degree < 3 else error > 0.01
+
+
 def test_straight_through_without_a_mean_is_the_identity(backend):
     theta = np.random.default_rng(0).normal(size=(2, 4))
     weights = backend.array(np.arange(4.0))
@@ -737,9 +760,11 @@ def test_wrong_arguments(backend):
             make(**options)
     with pytest.raises(ValueError, match="num_samples"):
         perturb_and_map(backend, theta, top_2, num_samples=0)
-    with pytest.raises(ValueError, match="categorical and Bernoulli"):
-        draw(backend, estimators.ReinMax(), backend.array(theta), top_2)
-    for estimator in (estimators.GumbelSoftmaxST(), estimators.SIMPLE()):
+    for estimator in (
+        estimators.GumbelSoftmaxST(),
+        estimators.ReinMax(),
+        estimators.SIMPLE(),
+    ):
         with pytest.raises(ValueError, match="IMLE takes any solver"):
             draw(backend, estimator, backend.array(theta), estimators.ranking())
 

@@ -462,10 +462,11 @@ def test_subsets_keep_their_exact_log_probability(loss):
 
 
 def test_bias_of_subsets_beyond_what_is_linear():
-    """Biased by design, and the mean's gradient alone much more so."""
+    """Biased by design, and the mean's gradient alone much more so; not so a second order."""
     even, loss = {"noise": EVEN_SPLITS}, TraceMeanField_ELBO()
     assert 0.1 < k_subset_error(IMLE(step_size=0.1, **even), "quadratic", loss) < 0.3
     assert k_subset_error(StraightThrough(**even), "quadratic", loss) > 0.6
+    assert k_subset_error(ReinMax(), "quadratic", loss) < 0.03  # of 65,536 random draws
 
 
 @pytest.mark.parametrize("estimator", [AdaptiveIMLE(), SIMPLE()])
@@ -498,7 +499,6 @@ def test_groups_of_subsets_find_the_posterior(estimator):
 @pytest.mark.parametrize(
     ("estimator", "message"),
     [
-        (ReinMax(), "SIMPLE and StraightThrough, got ReinMax"),
         (GumbelSoftmaxST(), "SIMPLE and StraightThrough, got GumbelSoftmaxST"),
         (IMLE(noise=GumbelNoise()), "wrong entropy"),
         (AdaptiveIMLE(temperature=0.5), "wrong entropy"),

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from numpyro_gradest.estimators.discrete._validation import as_theta, check_count, check_positive
 from numpyro_gradest.estimators.discrete.noise import Noise
 from numpyro_gradest.estimators.discrete.perturb_and_map import prepare
-from numpyro_gradest.estimators.discrete.solvers import Solver, as_solver, one_hot_argmax, threshold
+from numpyro_gradest.estimators.discrete.solvers import Solver, as_solver
 
 AnySolver = Solver | Callable[[Array], Array]
 
@@ -39,6 +39,7 @@ class StraightThrough:
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from numpyro_gradest.estimators import one_hot_argmax
         >>> def first(theta, key=jax.random.key(0)):
         ...     return StraightThrough().sample(key, theta, one_hot_argmax())[0]
         >>> jax.grad(first)(jnp.zeros(2))
@@ -98,6 +99,7 @@ class GumbelSoftmaxST:
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from numpyro_gradest.estimators import one_hot_argmax
         >>> GumbelSoftmaxST().sample(jax.random.key(0), jnp.zeros(2), one_hot_argmax()).sum()
         Array(1., dtype=float32)
 
@@ -131,24 +133,27 @@ class GumbelSoftmaxST:
 
 @dataclass(frozen=True)
 class ReinMax:
-    r"""Exact categorical or Bernoulli draws with a second-order gradient.
+    r"""Exact draws from :math:`p(z) \propto e^{\langle z, \theta \rangle}` with a second-order
+    gradient.
 
-    .. math:: \nabla_\theta L \approx \big[ 2 J(\tfrac{z + \pi}{2}) - \tfrac12 J(\pi) \big] dy
+    .. math:: \nabla_\theta L \approx \tfrac12 \big[ J + (z - \mu)(z - \mu)^\top \big] dy
 
-    with :math:`\pi` = softmax(theta) and J(p) = diag(p) - p pᵀ.
+    with mean :math:`\mu` and covariance J of the states: of a category, of a bit, and, which is
+    ours, of any family whose mean is known, as that of subsets is.
 
     Raises:
-        ValueError: When drawing, if the solver is neither ``one_hot_argmax()`` nor
-            ``threshold()``.
+        ValueError: When drawing, if the solver knows neither the mean nor how to draw: those of
+            ``top_k``, ``one_hot_argmax`` and ``threshold`` do.
 
     Bias and variance:
         Biased by design; unbiased if the objective is linear or quadratic in the state.
 
     Cost:
-        One call of the solver.
+        As :class:`SIMPLE`.
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from numpyro_gradest.estimators import one_hot_argmax
         >>> def first(theta, key=jax.random.key(0)):
         ...     return ReinMax().sample(key, theta, one_hot_argmax())[0]
         >>> jax.grad(first)(jnp.zeros(2))
@@ -156,7 +161,8 @@ class ReinMax:
 
     References:
         Liu, Dong, Liu, Yu and Gao, `Bridging Discrete and Backpropagation: Straight-Through and
-        Beyond <https://arxiv.org/abs/2304.08612>`_, 2023, algorithm 2.
+        Beyond <https://arxiv.org/abs/2304.08612>`_, 2023, algorithm 2, which for a category is
+        the above, written differently: :math:`2 J(\tfrac{z + \mu}{2}) - \tfrac12 J(\mu)`.
     """
 
     def sample(
@@ -168,26 +174,10 @@ class ReinMax:
         num_samples: int | None = None,
     ) -> Float[Array, " *samples_batch_event"]:
         """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
-        solver = as_solver(solver, caller="ReinMax")
-        if solver.solve not in (one_hot_argmax().solve, threshold().solve):
-            raise ValueError(
-                "ReinMax is for categorical and Bernoulli states alone: it needs the solver "
-                "one_hot_argmax() or threshold(). IMLE takes any solver."
-            )
-        theta, perturbation, solver = prepare(
-            key, theta, solver, None, 1.0, num_samples, caller="ReinMax"
-        )
-        states = solver(theta + perturbation)
-        means = _known(solver.marginals, "ReinMax")(jax.lax.stop_gradient(theta))
-
-        def with_covariance(means: Array) -> Array:
-            """Linear in theta, with the covariance of a draw of those means as its derivative."""
-            if solver.solve == threshold().solve:
-                return means * (1 - means) * theta
-            return means * (theta - jnp.sum(means * theta, axis=-1, keepdims=True))
-
-        between = with_covariance((states + means) / 2)
-        return with_gradient_of(states, 2 * between - with_covariance(means) / 2)
+        theta, states, mean, event_dim = _exact(key, theta, solver, num_samples, caller="ReinMax")
+        deviation = states - jax.lax.stop_gradient(mean)
+        along = jnp.sum(deviation * theta, axis=tuple(range(-event_dim, 0)), keepdims=True)
+        return with_gradient_of(states, (mean + deviation * along) / 2)
 
 
 @dataclass(frozen=True)
@@ -227,13 +217,21 @@ class SIMPLE:
         num_samples: int | None = None,
     ) -> Float[Array, " *samples_batch_event"]:
         """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
-        solver = as_solver(solver, caller="SIMPLE")
-        theta = as_theta(theta, solver.event_dim, caller="SIMPLE")
-        if num_samples is not None:
-            check_count(num_samples, "num_samples", caller="SIMPLE")
-            theta = jnp.broadcast_to(theta, (num_samples, *theta.shape))
-        draw, marginals = (_known(item, "SIMPLE") for item in (solver.draw, solver.marginals))
-        return with_gradient_of(draw(key, theta), marginals(theta))
+        _, states, mean, _ = _exact(key, theta, solver, num_samples, caller="SIMPLE")
+        return with_gradient_of(states, mean)
+
+
+def _exact(
+    key: Array, theta: Array, solver: AnySolver, num_samples: int | None, *, caller: str
+) -> tuple[Array, Array, Array, int]:
+    """Theta of each draw, exact draws, their mean, and the dimensions of a state."""
+    solver = as_solver(solver, caller=caller)
+    theta = as_theta(theta, solver.event_dim, caller=caller)
+    if num_samples is not None:
+        check_count(num_samples, "num_samples", caller=caller)
+        theta = jnp.broadcast_to(theta, (num_samples, *theta.shape))
+    draw, marginals = (_known(item, caller) for item in (solver.draw, solver.marginals))
+    return theta, draw(key, theta), marginals(theta), solver.event_dim
 
 
 def with_gradient_of(value: Array, other: Array) -> Array:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_gradest.estimators.discrete._validation import as_theta, check_count, check_positive
 from pyro_gradest.estimators.discrete.noise import Noise
 from pyro_gradest.estimators.discrete.perturb_and_map import prepare
-from pyro_gradest.estimators.discrete.solvers import Solver, as_solver, one_hot_argmax, threshold
+from pyro_gradest.estimators.discrete.solvers import Solver, as_solver
 
 AnySolver = Solver | Callable[[Tensor], Tensor]
 
@@ -39,6 +39,7 @@ class StraightThrough:
 
     Example:
         >>> import torch
+        >>> from pyro_gradest.estimators import one_hot_argmax
         >>> theta = torch.zeros(2, requires_grad=True)
         >>> z = StraightThrough().sample(theta, one_hot_argmax())
         >>> torch.autograd.grad(z[0], theta)
@@ -98,6 +99,7 @@ class GumbelSoftmaxST:
 
     Example:
         >>> import torch
+        >>> from pyro_gradest.estimators import one_hot_argmax
         >>> theta = torch.zeros(2, requires_grad=True)
         >>> GumbelSoftmaxST().sample(theta, one_hot_argmax()).sum()
         tensor(1., ...)
@@ -132,24 +134,27 @@ class GumbelSoftmaxST:
 
 @dataclass(frozen=True)
 class ReinMax:
-    r"""Exact categorical or Bernoulli draws with a second-order gradient.
+    r"""Exact draws from :math:`p(z) \propto e^{\langle z, \theta \rangle}` with a second-order
+    gradient.
 
-    .. math:: \nabla_\theta L \approx \big[ 2 J(\tfrac{z + \pi}{2}) - \tfrac12 J(\pi) \big] dy
+    .. math:: \nabla_\theta L \approx \tfrac12 \big[ J + (z - \mu)(z - \mu)^\top \big] dy
 
-    with :math:`\pi` = softmax(theta) and J(p) = diag(p) - p pᵀ.
+    with mean :math:`\mu` and covariance J of the states: of a category, of a bit, and, which is
+    ours, of any family whose mean is known, as that of subsets is.
 
     Raises:
-        ValueError: When drawing, if the solver is neither ``one_hot_argmax()`` nor
-            ``threshold()``.
+        ValueError: When drawing, if the solver knows neither the mean nor how to draw: those of
+            ``top_k``, ``one_hot_argmax`` and ``threshold`` do.
 
     Bias and variance:
         Biased by design; unbiased if the objective is linear or quadratic in the state.
 
     Cost:
-        One call of the solver.
+        As :class:`SIMPLE`.
 
     Example:
         >>> import torch
+        >>> from pyro_gradest.estimators import one_hot_argmax
         >>> theta = torch.zeros(2, requires_grad=True)
         >>> z = ReinMax().sample(theta, one_hot_argmax())
         >>> torch.autograd.grad(z[0], theta)
@@ -157,7 +162,8 @@ class ReinMax:
 
     References:
         Liu, Dong, Liu, Yu and Gao, `Bridging Discrete and Backpropagation: Straight-Through and
-        Beyond <https://arxiv.org/abs/2304.08612>`_, 2023, algorithm 2.
+        Beyond <https://arxiv.org/abs/2304.08612>`_, 2023, algorithm 2, which for a category is
+        the above, written differently: :math:`2 J(\tfrac{z + \mu}{2}) - \tfrac12 J(\mu)`.
     """
 
     def sample(
@@ -169,26 +175,14 @@ class ReinMax:
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, " *samples_batch_event"]:
         """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
-        solver = as_solver(solver, caller="ReinMax")
-        if solver.solve not in (one_hot_argmax().solve, threshold().solve):
-            raise ValueError(
-                "ReinMax is for categorical and Bernoulli states alone: it needs the solver "
-                "one_hot_argmax() or threshold(). IMLE takes any solver."
-            )
-        theta, perturbation, solver = prepare(
-            theta, solver, None, 1.0, num_samples, generator, caller="ReinMax"
+        theta, states, mean, event_dim = _exact(
+            theta, solver, num_samples, generator, caller="ReinMax"
         )
-        states = solver(theta + perturbation)
-        means = _known(solver.marginals, "ReinMax")(theta.detach())
-
-        def with_covariance(means: Tensor) -> Tensor:
-            """Linear in theta, with the covariance of a draw of those means as its derivative."""
-            if solver.solve == threshold().solve:
-                return means * (1 - means) * theta
-            return means * (theta - (means * theta).sum(dim=-1, keepdim=True))
-
-        between = with_covariance((states + means) / 2)
-        return with_gradient_of(states, 2 * between - with_covariance(means) / 2)
+        deviation = states - mean.detach()
+        along = deviation * theta
+        if event_dim:
+            along = along.sum(dim=tuple(range(-event_dim, 0)), keepdim=True)
+        return with_gradient_of(states, (mean + deviation * along) / 2)
 
 
 @dataclass(frozen=True)
@@ -228,13 +222,26 @@ class SIMPLE:
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, " *samples_batch_event"]:
         """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
-        solver = as_solver(solver, caller="SIMPLE")
-        theta = as_theta(theta, solver.event_dim, caller="SIMPLE")
-        if num_samples is not None:
-            check_count(num_samples, "num_samples", caller="SIMPLE")
-            theta = theta.expand(num_samples, *theta.shape)
-        draw, marginals = (_known(item, "SIMPLE") for item in (solver.draw, solver.marginals))
-        return with_gradient_of(draw(theta.detach(), generator), marginals(theta))
+        _, states, mean, _ = _exact(theta, solver, num_samples, generator, caller="SIMPLE")
+        return with_gradient_of(states, mean)
+
+
+def _exact(
+    theta: Tensor,
+    solver: AnySolver,
+    num_samples: int | None,
+    generator: torch.Generator | None,
+    *,
+    caller: str,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Theta of each draw, exact draws, their mean, and the dimensions of a state."""
+    solver = as_solver(solver, caller=caller)
+    theta = as_theta(theta, solver.event_dim, caller=caller)
+    if num_samples is not None:
+        check_count(num_samples, "num_samples", caller=caller)
+        theta = theta.expand(num_samples, *theta.shape)
+    draw, marginals = (_known(item, caller) for item in (solver.draw, solver.marginals))
+    return theta, draw(theta.detach(), generator), marginals(theta), solver.event_dim
 
 
 def with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
