@@ -105,9 +105,9 @@ def auxiliary_draws_in_the_bound(mutant):
     """The bound that the signal compares with has the auxiliary draws in it too."""
 
     def leak(original):
-        def signal(log_weights, auxiliary):
+        def signal(log_weights, auxiliary, **options):
             together = mutant.backend.concatenate([log_weights, auxiliary])
-            return original(together, auxiliary)[: len(log_weights)]
+            return original(together, auxiliary, **options)[: len(log_weights)]
 
         return signal
 
