@@ -196,9 +196,11 @@ class ImplicitELBO(ELBO):
 def _calibrated_stein_score(samples: Array) -> Array:
     # The narrower the kernel, the less the ridge shrinks what is not linear, such as the way
     # between modes, and the noisier the scores; what is linear is calibrated anyway.
-    whitened = fit_whitening(samples).points(samples)
+    whitening = fit_whitening(samples)
+    whitened = whitening.points(samples)
     kernel = IMQ(0.7 * median_bandwidth(whitened))
-    return calibrate_score(samples, stein_score(samples, kernel=kernel))
+    scores = stein_score(whitened, kernel=kernel, whiten=False)
+    return calibrate_score(samples, whitening.score(scores))
 
 
 def _run_particle(program: Program, key: Array) -> tuple[Particles, Groups]:
