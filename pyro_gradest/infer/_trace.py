@@ -1,5 +1,6 @@
 """Runs model and guide: the guide draws, the model follows."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,6 +88,8 @@ def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]
     if is_validation_enabled():
         for _, site in samples(model_trace) + samples(guide_trace):
             check_site_shape(site, nesting)  # type: ignore[arg-type]  # may be inf
+    for name, site in samples(model_trace) + samples(guide_trace):
+        _check_left_of_plates(name, site)
     return model_trace, guide_trace
 
 
@@ -226,6 +229,28 @@ def _check_path_draws(program: Program, guide_trace: Trace) -> None:
             f"the guide has none (it samples {sites or 'nothing'}). Use the default reparam, which "
             "treats other sites alike."
         )
+
+
+def _check_left_of_plates(name: str, site: Site) -> None:
+    """The host allows dims there, as enumeration adds them; these would be summed over."""
+    shape, dims = site["log_prob"].shape, plate_dims(site)
+    depth = max((-dim for dim in dims.values()), default=0)
+    if math.prod(shape[: max(0, len(shape) - depth)]) == 1:
+        return
+    particles = dims.get(PARTICLE_PLATE)
+    remedy = (
+        "Put a plate around them or declare them by .to_event()."
+        if particles is None
+        else "With vectorize_particles=True the value of a latent holds the particles at batch dim "
+        f"{particles}: compute with it so that they stay there, as (w * x).sum(-1) does and "
+        "w @ x.T does not, for w of one event dim and x of a plate at -1; or use "
+        "vectorize_particles=False."
+    )
+    raise ValueError(
+        f"Site {name!r} has log-probabilities of shape {tuple(shape)}, with dims left of its "
+        f"plates' ({', '.join(f'{plate} at {dim}' for plate, dim in dims.items()) or 'none'}). "
+        + remedy
+    )
 
 
 def _check_match(program: Program, model_trace: Trace, guide_trace: Trace) -> None:

@@ -262,6 +262,25 @@ def test_a_site_outside_of_the_particle_plate_is_refused():
 # --- sleep-phi -----------------------------------------------------------------------------------
 
 
+def test_particles_that_leave_their_dim_are_refused():
+    # The matrix product moves them left, where the host takes dims to come from enumeration and
+    # sums: with K particles the likelihood counts K times.
+    features = torch.arange(12.0).reshape(4, 3) / 12
+
+    def model(product):
+        w = sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        with plate("data", 4):
+            sample("y", dist.Normal(product(w), 1.0), obs=X)
+
+    def guide(product):
+        sample("w", dist.Normal(0.0, pyro.param("scale", torch.ones(3))).to_event(1))
+
+    loss = IWAE(5, vectorize_particles=True, max_plate_nesting=1)
+    assert math.isfinite(loss.loss(model, guide, lambda w: (w * features).sum(-1)))
+    with pytest.raises(ValueError, match=r"(?s)'y'.*\(5, 5, 4\).*num_particles_vectorized at -2"):
+        loss.loss(model, guide, lambda w: w @ features.T)
+
+
 def test_sleep_needs_to_show_the_guide_its_dreams():
     with pytest.raises(ValueError, match=r"dreamt at \['x'\].*dream_inputs"):
         ReweightedWakeSleep(2, insomnia=0.5).loss_and_grads(model, guide)
