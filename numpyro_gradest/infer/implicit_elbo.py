@@ -47,7 +47,8 @@ class ImplicitELBO(ELBO):
     The loss that is reported is a number to watch, not a bound: its entropy is the
     Kozachenko-Leonenko estimate from the K draws.
 
-    To anneal the model, scale it: ``handlers.scale(model, beta)``.
+    To anneal log p, scale the model alone, ``handlers.scale(model, beta)``, by a beta that rises to
+    one and is an argument of model and guide.
 
     Args:
         num_particles: K >= 2, the number of draws; take at least five per dimension of the

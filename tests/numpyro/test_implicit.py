@@ -115,6 +115,14 @@ def scaled():
     return local_sites(lambda fn: handlers.scale(fn, 0.3), 0.3)
 
 
+def annealed():
+    """The model alone is scaled: log p counts less, the entropy does not."""
+    case = local_sites()
+    return case._replace(
+        model=handlers.scale(case.model, 0.3), elbo=lambda *args: 0.3 * case.elbo(*args)
+    )
+
+
 def masked():
     mask = jnp.array([True, False, True, True])
     return local_sites(lambda fn: handlers.mask(fn, mask=mask), mask)
@@ -182,7 +190,7 @@ def explicit_given_implicit():
     return Case(model, guide, {"a": 0.3}, elbo, implicit)
 
 
-CASES = [global_sites, local_sites, scaled, masked, subsampled, explicit_given_implicit]
+CASES = [global_sites, local_sites, scaled, annealed, masked, subsampled, explicit_given_implicit]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)

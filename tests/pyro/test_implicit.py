@@ -121,6 +121,14 @@ def scaled():
     return local_sites(lambda fn: poutine.scale(fn, 0.3), 0.3)
 
 
+def annealed():
+    """The model alone is scaled: log p counts less, the entropy does not."""
+    case = local_sites()
+    return case._replace(
+        model=poutine.scale(case.model, 0.3), elbo=lambda *args: 0.3 * case.elbo(*args)
+    )
+
+
 def masked():
     mask = torch.tensor([True, False, True, True])
     return local_sites(lambda fn: poutine.mask(fn, mask=mask), mask)
@@ -188,7 +196,7 @@ def explicit_given_implicit():
     return Case(model, guide, {"a": 0.3}, elbo, implicit)
 
 
-CASES = [global_sites, local_sites, scaled, masked, subsampled, explicit_given_implicit]
+CASES = [global_sites, local_sites, scaled, annealed, masked, subsampled, explicit_given_implicit]
 
 
 class Recorder(Messenger):
