@@ -15,9 +15,10 @@ from numpyro_gradest.diagnostics._measure import Moments, measure
 from numpyro_gradest.diagnostics._targets import bound_of, target_of
 from numpyro_gradest.diagnostics.gradient_report import EstimatorComparison, GradientStatistics
 from numpyro_gradest.estimators import effective_sample_size
+from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.infer._enumerated import NotEnumerableError, expected_bound
 from numpyro_gradest.infer._trace import Program
-from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
+from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
 _ESS_DRAWS = 20
 
@@ -107,7 +108,7 @@ def gradient_statistics(
         Winther, `Optimal Variance Control of the Score Function Gradient Estimator for Importance
         Weighted Bounds <https://arxiv.org/abs/2008.01998>`_, 2020, for the directional ratio.
     """
-    check_count("gradient_statistics", "num_draws", num_draws)
+    check_count(num_draws, "num_draws", caller="gradient_statistics")
     if isinstance(reference, str) and reference != "auto":
         raise ValueError(
             f'gradient_statistics needs reference="auto", a loss or None, got {reference!r}.'

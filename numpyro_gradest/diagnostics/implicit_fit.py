@@ -16,11 +16,11 @@ from numpyro_gradest.estimators import (
     sliced_wasserstein,
     stein_identity,
 )
+from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.estimators.score.stein_discrepancy import stein_kernel_matrix
 from numpyro_gradest.infer._model_score import ScoredGroup, score_draws
 from numpyro_gradest.infer._trace import Program
 from numpyro_gradest.infer.implicit_elbo import ImplicitELBO, ScoreEstimator
-from numpyro_gradest.infer.multisample_elbo import check_count
 
 _LARGEST_MATRIX = 10**7
 """Entries of the kernel matrices that are formed at once."""
@@ -117,7 +117,7 @@ def check_implicit_fit(
         <https://arxiv.org/abs/1705.07107>`_, 2018, for the estimator. Gorham and Mackey,
         `Measuring Sample Quality with Kernels <https://arxiv.org/abs/1703.01717>`_, 2017.
     """
-    check_count("check_implicit_fit", "num_samples", num_samples)
+    check_count(num_samples, "num_samples", caller="check_implicit_fit")
     estimator = ImplicitELBO(num_particles, score_estimator=score_estimator).score_estimator
     program = Program(
         model, guide, params, args, kwargs, "pathwise", is_weighted=False, takes_implicit=True

@@ -17,7 +17,7 @@ from numpyro.infer import init_to_median
 from numpyro.infer.autoguide import AutoContinuous
 
 from numpyro_gradest.distributions import Implicit
-from numpyro_gradest.infer.multisample_elbo import check_count
+from numpyro_gradest.estimators._validation import check_count
 
 
 class AutoImplicit(AutoContinuous):
@@ -86,9 +86,9 @@ class AutoImplicit(AutoContinuous):
         init_loc_fn: Callable = init_to_median,
     ) -> None:
         for width in hidden:
-            check_count("AutoImplicit", "hidden", width)
+            check_count(width, "hidden", caller="AutoImplicit")
         if num_noise is not None:
-            check_count("AutoImplicit", "num_noise", num_noise)
+            check_count(num_noise, "num_noise", caller="AutoImplicit")
         if not 0 < init_scale < math.inf:
             raise ValueError(f"AutoImplicit needs init_scale > 0, got {init_scale}.")
         self.hidden = hidden

@@ -22,10 +22,11 @@ from numpyro_gradest.estimators import (
     median_bandwidth,
     stein_score,
 )
+from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.infer._implicit import ImplicitGroup, implicit_groups
 from numpyro_gradest.infer._particles import Particles, read_particle, refuse_log_weights
 from numpyro_gradest.infer._trace import Program, trace_particle
-from numpyro_gradest.infer.multisample_elbo import check_count, gradient_only, mean_state
+from numpyro_gradest.infer.multisample_elbo import gradient_only, mean_state
 
 ScoreEstimator = Callable[[Float[Array, " *plates K D"]], Float[Array, " *plates K D"]]
 Groups = dict[tuple[str, ...], ImplicitGroup]
@@ -109,7 +110,7 @@ class ImplicitELBO(ELBO):
         reparam: str = "pathwise",
         vectorize_particles: bool | Callable = True,
     ) -> None:
-        check_count("ImplicitELBO", "num_particles", num_particles)
+        check_count(num_particles, "num_particles", caller="ImplicitELBO")
         if num_particles < 2:
             raise ValueError(
                 "ImplicitELBO estimates an entropy from its particles and needs num_particles >= "

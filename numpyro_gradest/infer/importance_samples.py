@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_gradest.estimators import effective_sample_size, iwae_bound
+from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.infer._particles import read_particle, refuse_log_weights
 from numpyro_gradest.infer._plates import common_plates
 from numpyro_gradest.infer._trace import Program, latent_axes, latent_values, trace_particle
-from numpyro_gradest.infer.multisample_elbo import check_count
 
 
 class ImportanceSamples(NamedTuple):
@@ -94,8 +94,8 @@ def importance_samples(
         Burda, Grosse and Salakhutdinov, `Importance Weighted Autoencoders
         <https://arxiv.org/abs/1509.00519>`_, 2016, for the bound.
     """
-    check_count("importance_samples", "num_samples", num_samples)
-    check_count("importance_samples", "num_particles", num_particles)
+    check_count(num_samples, "num_samples", caller="importance_samples")
+    check_count(num_particles, "num_particles", caller="importance_samples")
     plate_key, particle_key, choice_key = jax.random.split(rng_key, 3)
     program = Program(model, guide, params, args, kwargs, "pathwise", is_weighted=True)
     program = program.with_plate_key(plate_key)

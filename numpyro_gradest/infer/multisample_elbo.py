@@ -21,6 +21,7 @@ from numpyro_gradest.estimators import (
     renyi_bound,
     renyi_weights,
 )
+from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.infer._particles import Particles, refuse_log_weights, run_particle
 from numpyro_gradest.infer._trace import Program
 
@@ -77,10 +78,10 @@ class MultiSampleELBO(ELBO, ABC):
         vectorize_particles: bool | Callable = True,
     ) -> None:
         name = type(self).__name__
-        check_count(name, "num_particles", num_particles)
-        check_count(name, "num_replicates", num_replicates)
+        check_count(num_particles, "num_particles", caller=name)
+        check_count(num_replicates, "num_replicates", caller=name)
         if chunk_size is not None:
-            check_count(name, "chunk_size", chunk_size)
+            check_count(chunk_size, "chunk_size", caller=name)
         if num_particles < self._least_particles:
             raise ValueError(
                 f"{name} compares each particle with the others and needs num_particles >= "
@@ -301,14 +302,3 @@ def mean_state(state: dict[str, Any]) -> dict[str, Any]:
         return leaf.mean(axis=0) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf[0]
 
     return jax.tree.map(mean, state)
-
-
-def check_count(caller: str, name: str, value: int) -> None:
-    """Refuse what is not a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{caller} needs {name} as a positive integer, got {value!r} of type "
-            f"{type(value).__name__}."
-        )
-    if value < 1:
-        raise ValueError(f"{caller} needs {name} >= 1, got {value}.")

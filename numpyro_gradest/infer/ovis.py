@@ -13,8 +13,9 @@ from numpyro_gradest.estimators import (
     ovis_mc_learning_signal,
     renyi_learning_signal,
 )
+from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.infer._trace import Program
-from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
+from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
 
 class OVIS(MultiSampleELBO):
@@ -117,7 +118,7 @@ class OVIS(MultiSampleELBO):
             vectorize_particles=vectorize_particles,
         )
         if num_auxiliary != 0:
-            check_count("OVIS", "num_auxiliary", num_auxiliary)
+            check_count(num_auxiliary, "num_auxiliary", caller="OVIS")
         if not 0 <= gamma <= 1:
             raise ValueError(f"OVIS needs 0 <= gamma <= 1, got {gamma}.")
         if num_auxiliary and gamma:

@@ -13,10 +13,11 @@ from jaxtyping import Array, Float
 from numpyro.infer import ELBO
 
 from numpyro_gradest.estimators import linear_surrogate
+from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.infer._particles import Particles, read_particle, refuse_log_weights
 from numpyro_gradest.infer._semi_implicit import Mixture, read_mixture
 from numpyro_gradest.infer._trace import Program, trace_particle
-from numpyro_gradest.infer.multisample_elbo import check_count, gradient_only, mean_state
+from numpyro_gradest.infer.multisample_elbo import gradient_only, mean_state
 
 
 class SemiImplicitELBO(ELBO):
@@ -94,8 +95,8 @@ class SemiImplicitELBO(ELBO):
         reparam: str = "pathwise",
         vectorize_particles: bool | Callable = True,
     ) -> None:
-        check_count("SemiImplicitELBO", "num_particles", num_particles)
-        check_count("SemiImplicitELBO", "num_mixing", num_mixing)
+        check_count(num_particles, "num_particles", caller="SemiImplicitELBO")
+        check_count(num_mixing, "num_mixing", caller="SemiImplicitELBO")
         if reparam not in ("pathwise", "score"):
             raise ValueError(
                 f'SemiImplicitELBO needs reparam="pathwise" or "score", got {reparam!r}.'

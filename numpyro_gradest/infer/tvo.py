@@ -14,9 +14,10 @@ from numpyro_gradest.estimators import (
     thermodynamic_partition,
     thermodynamic_weights,
 )
+from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.estimators.multisample.thermodynamic import Partition, check_partition
 from numpyro_gradest.infer._trace import Program
-from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
+from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
 
 class TVO(MultiSampleELBO):
@@ -109,7 +110,7 @@ class TVO(MultiSampleELBO):
             chunk_size=chunk_size,
             vectorize_particles=vectorize_particles,
         )
-        check_count("TVO", "num_partitions", num_partitions)
+        check_count(num_partitions, "num_partitions", caller="TVO")
         if not isinstance(partition, str):
             check_partition("TVO", partition)
         elif partition not in ("log-uniform", "linear", "adaptive"):

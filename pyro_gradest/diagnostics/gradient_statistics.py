@@ -14,14 +14,10 @@ from pyro_gradest.diagnostics._measure import Moments, measure
 from pyro_gradest.diagnostics._targets import bound_of, target_of
 from pyro_gradest.diagnostics.gradient_report import EstimatorComparison, GradientStatistics
 from pyro_gradest.estimators import effective_sample_size
+from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.infer._enumerated import NotEnumerableError, expected_bound
 from pyro_gradest.infer.iwae import IWAE
-from pyro_gradest.infer.multisample_elbo import (
-    MultiSampleELBO,
-    check_count,
-    program_of,
-    replayed,
-)
+from pyro_gradest.infer.multisample_elbo import MultiSampleELBO, program_of, replayed
 
 _ESS_DRAWS = 20
 
@@ -104,7 +100,7 @@ def gradient_statistics(
         Winther, `Optimal Variance Control of the Score Function Gradient Estimator for Importance
         Weighted Bounds <https://arxiv.org/abs/2008.01998>`_, 2020, for the directional ratio.
     """
-    check_count("gradient_statistics", "num_draws", num_draws)
+    check_count(num_draws, "num_draws", caller="gradient_statistics")
     if isinstance(reference, str) and reference != "auto":
         raise ValueError(
             f'gradient_statistics needs reference="auto", a loss or None, got {reference!r}.'

@@ -15,11 +15,12 @@ from pyro_gradest.estimators import (
     sliced_wasserstein,
     stein_identity,
 )
+from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.estimators.score.stein_discrepancy import stein_kernel_matrix
 from pyro_gradest.infer._implicit import implicit_parents
 from pyro_gradest.infer._model_score import ScoredGroup, score_draws
 from pyro_gradest.infer.implicit_elbo import ImplicitELBO, ScoreEstimator
-from pyro_gradest.infer.multisample_elbo import check_count, program_of, replayed
+from pyro_gradest.infer.multisample_elbo import program_of, replayed
 
 _LARGEST_MATRIX = 10**7
 """Entries of the kernel matrices that are formed at once."""
@@ -113,7 +114,7 @@ def check_implicit_fit(
         <https://arxiv.org/abs/1705.07107>`_, 2018, for the estimator. Gorham and Mackey,
         `Measuring Sample Quality with Kernels <https://arxiv.org/abs/1703.01717>`_, 2017.
     """
-    check_count("check_implicit_fit", "num_samples", num_samples)
+    check_count(num_samples, "num_samples", caller="check_implicit_fit")
     elbo = ImplicitELBO(
         num_particles,
         score_estimator=score_estimator,

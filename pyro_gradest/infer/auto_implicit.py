@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor, nn
 
 from pyro_gradest.distributions import Implicit
-from pyro_gradest.infer.multisample_elbo import check_count
+from pyro_gradest.estimators._validation import check_count
 
 
 class AutoImplicit(AutoContinuous):
@@ -84,9 +84,9 @@ class AutoImplicit(AutoContinuous):
         init_loc_fn: Callable = init_to_median,
     ) -> None:
         for width in hidden:
-            check_count("AutoImplicit", "hidden", width)
+            check_count(width, "hidden", caller="AutoImplicit")
         if num_noise is not None:
-            check_count("AutoImplicit", "num_noise", num_noise)
+            check_count(num_noise, "num_noise", caller="AutoImplicit")
         if not 0 < init_scale < math.inf:
             raise ValueError(f"AutoImplicit needs init_scale > 0, got {init_scale}.")
         super().__init__(model, init_loc_fn=init_loc_fn)

@@ -21,6 +21,7 @@ from pyro_gradest.estimators import (
     median_bandwidth,
     stein_score,
 )
+from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.infer._implicit import (
     ImplicitGroup,
     Parents,
@@ -35,7 +36,7 @@ from pyro_gradest.infer._particles import (
     refuse_log_weights,
 )
 from pyro_gradest.infer._trace import Program, deepest_plate, trace_particles
-from pyro_gradest.infer.multisample_elbo import check_count, program_of, replayed
+from pyro_gradest.infer.multisample_elbo import program_of, replayed
 
 ScoreEstimator = Callable[[Float[Tensor, " *plates K D"]], Float[Tensor, " *plates K D"]]
 
@@ -119,7 +120,7 @@ class ImplicitELBO(ELBO):
         reparam: str = "pathwise",
         **host_options: Any,
     ) -> None:
-        check_count("ImplicitELBO", "num_particles", num_particles)
+        check_count(num_particles, "num_particles", caller="ImplicitELBO")
         if num_particles < 2:
             raise ValueError(
                 "ImplicitELBO estimates an entropy from its particles and needs num_particles >= "

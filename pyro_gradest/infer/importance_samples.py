@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_gradest.estimators import effective_sample_size, iwae_bound
+from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.infer._particles import concatenate, read_particles, refuse_log_weights
 from pyro_gradest.infer._plates import common_plates
 from pyro_gradest.infer._trace import latent_axes, latent_values, trace_particles
 from pyro_gradest.infer.iwae import IWAE
-from pyro_gradest.infer.multisample_elbo import check_count, program_of
+from pyro_gradest.infer.multisample_elbo import program_of
 
 
 class ImportanceSamples(NamedTuple):
@@ -98,8 +99,8 @@ def importance_samples(
         Burda, Grosse and Salakhutdinov, `Importance Weighted Autoencoders
         <https://arxiv.org/abs/1509.00519>`_, 2016, for the bound.
     """
-    check_count("importance_samples", "num_samples", num_samples)
-    check_count("importance_samples", "num_particles", num_particles)
+    check_count(num_samples, "num_samples", caller="importance_samples")
+    check_count(num_particles, "num_particles", caller="importance_samples")
     elbo = IWAE(
         num_particles, max_plate_nesting=max_plate_nesting, vectorize_particles=vectorize_particles
     )

@@ -21,6 +21,7 @@ from pyro_gradest.estimators import (
     renyi_bound,
     renyi_weights,
 )
+from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.infer._graph import graph_leaves, through_cuts
 from pyro_gradest.infer._particles import (
     Particles,
@@ -95,10 +96,10 @@ class MultiSampleELBO(ELBO):
         tail_adaptive_beta: float = -1.0,
     ) -> None:
         name = type(self).__name__
-        check_count(name, "num_particles", num_particles)
-        check_count(name, "num_replicates", num_replicates)
+        check_count(num_particles, "num_particles", caller=name)
+        check_count(num_replicates, "num_replicates", caller=name)
         if chunk_size is not None:
-            check_count(name, "chunk_size", chunk_size)
+            check_count(chunk_size, "chunk_size", caller=name)
         if num_particles < self._least_particles:
             raise ValueError(
                 f"{name} compares each particle with the others and needs num_particles >= "
@@ -444,14 +445,3 @@ def _check_loss(loss: float, *runs: Particles) -> None:
             "contribute no gradient. Widen the guide, or raise num_particles.",
             stacklevel=4,
         )
-
-
-def check_count(caller: str, name: str, value: int) -> None:
-    """Refuse what is not a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{caller} needs {name} as a positive integer, got {value!r} of type "
-            f"{type(value).__name__}."
-        )
-    if value < 1:
-        raise ValueError(f"{caller} needs {name} >= 1, got {value}.")

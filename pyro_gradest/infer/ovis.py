@@ -14,8 +14,9 @@ from pyro_gradest.estimators import (
     ovis_mc_learning_signal,
     renyi_learning_signal,
 )
+from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.infer._trace import Program
-from pyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
+from pyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
 
 class OVIS(MultiSampleELBO):
@@ -119,7 +120,7 @@ class OVIS(MultiSampleELBO):
             **host_options,
         )
         if num_auxiliary != 0:
-            check_count("OVIS", "num_auxiliary", num_auxiliary)
+            check_count(num_auxiliary, "num_auxiliary", caller="OVIS")
         if not 0 <= gamma <= 1:
             raise ValueError(f"OVIS needs 0 <= gamma <= 1, got {gamma}.")
         if num_auxiliary and gamma:

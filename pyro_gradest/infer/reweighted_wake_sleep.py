@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_gradest.estimators import wake_phi_dreg_weights, wake_phi_learning_signal
+from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.infer._dreams import dream_log_q
 from pyro_gradest.infer._trace import Program
-from pyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
+from pyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
 
 class ReweightedWakeSleep(MultiSampleELBO):
@@ -125,7 +126,7 @@ class ReweightedWakeSleep(MultiSampleELBO):
         if not 0 <= insomnia <= 1:
             raise ValueError(f"ReweightedWakeSleep needs 0 <= insomnia <= 1, got {insomnia}.")
         if num_sleep_particles is not None:
-            check_count("ReweightedWakeSleep", "num_sleep_particles", num_sleep_particles)
+            check_count(num_sleep_particles, "num_sleep_particles", caller="ReweightedWakeSleep")
         self.insomnia = insomnia
         self.num_sleep_particles = num_sleep_particles or num_particles
         self.dream_inputs = dream_inputs

@@ -12,6 +12,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_gradest.estimators import linear_surrogate
+from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.infer._particles import (
     Particles,
     concatenate,
@@ -20,7 +21,7 @@ from pyro_gradest.infer._particles import (
 )
 from pyro_gradest.infer._semi_implicit import Mixture, read_mixture
 from pyro_gradest.infer._trace import Program, trace_particles
-from pyro_gradest.infer.multisample_elbo import check_count, program_of
+from pyro_gradest.infer.multisample_elbo import program_of
 
 
 class SemiImplicitELBO(ELBO):
@@ -99,8 +100,8 @@ class SemiImplicitELBO(ELBO):
         reparam: str = "pathwise",
         **host_options: Any,
     ) -> None:
-        check_count("SemiImplicitELBO", "num_particles", num_particles)
-        check_count("SemiImplicitELBO", "num_mixing", num_mixing)
+        check_count(num_particles, "num_particles", caller="SemiImplicitELBO")
+        check_count(num_mixing, "num_mixing", caller="SemiImplicitELBO")
         if reparam not in ("pathwise", "score"):
             raise ValueError(
                 f'SemiImplicitELBO needs reparam="pathwise" or "score", got {reparam!r}.'

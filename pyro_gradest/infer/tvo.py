@@ -16,9 +16,10 @@ from pyro_gradest.estimators import (
     thermodynamic_partition,
     thermodynamic_weights,
 )
+from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.estimators.multisample.thermodynamic import Partition, check_partition
 from pyro_gradest.infer._trace import Program
-from pyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
+from pyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
 
 class TVO(MultiSampleELBO):
@@ -112,7 +113,7 @@ class TVO(MultiSampleELBO):
             chunk_size=chunk_size,
             **host_options,
         )
-        check_count("TVO", "num_partitions", num_partitions)
+        check_count(num_partitions, "num_partitions", caller="TVO")
         if not isinstance(partition, str):
             check_partition("TVO", partition)
         elif partition not in ("log-uniform", "linear", "adaptive"):

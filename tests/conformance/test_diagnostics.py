@@ -279,7 +279,7 @@ def test_references_that_do_not_fit_are_refused(backend):
     single = backend.array(np.ones((6, 2), np.float32))
     with pytest.raises(TypeError, match=r"reference draws of the samples' dtype .*float32"):
         function(samples, single)
-    with pytest.raises(ValueError, match="num_projections as an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match="num_projections >= 1, got 0"):
         function(samples, reference, num_projections=0)
 
 

@@ -498,11 +498,11 @@ def test_a_senseless_ridge_is_refused(backend, estimator, ridge):
     [
         ("spectral_score", {"energy": 0.0}, "0 < energy <= 1"),
         ("spectral_score", {"energy": 1.1}, "0 < energy <= 1"),
-        ("spectral_score", {"num_eigenfunctions": 0}, "num_eigenfunctions as an integer >= 1"),
+        ("spectral_score", {"num_eigenfunctions": 0}, "num_eigenfunctions >= 1, got 0"),
         ("kernel_exponential_family_score", {"ridge": 0.0}, "ridge > 0"),
         ("kernel_exponential_family_score", {"tolerance": -1.0}, "a finite tolerance >= 0"),
-        ("kernel_exponential_family_score", {"max_iterations": 0}, "max_iterations as an integer"),
-        ("nu_method_score", {"num_iterations": 0}, "num_iterations as an integer"),
+        ("kernel_exponential_family_score", {"max_iterations": 0}, "max_iterations >= 1, got 0"),
+        ("nu_method_score", {"num_iterations": 0}, "num_iterations >= 1, got 0"),
         ("nu_method_score", {"nu": 0.0}, "nu > 0"),
     ],
 )

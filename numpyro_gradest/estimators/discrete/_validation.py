@@ -38,12 +38,6 @@ def check_positive(number: Any, name: str, *, caller: str, or_zero: bool = False
         raise ValueError(f"{caller} needs {name} as a finite number {bound}, got {number!r}.")
 
 
-def check_count(number: Any, name: str, *, caller: str) -> None:
-    """Refuse what is not an integer of 1 or more."""
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError(f"{caller} needs {name} as an integer >= 1, got {number!r}.")
-
-
 def is_false(condition: Array) -> bool:
     """Whether a condition is known to be false: not while it is traced, compiled, mapped, or on a
     device that would have to be waited for."""

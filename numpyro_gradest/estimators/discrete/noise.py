@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_gradest.estimators.discrete._validation import check_count
+from numpyro_gradest.estimators._validation import check_count
 
 
 class Noise(ABC):

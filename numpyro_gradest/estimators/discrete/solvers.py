@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.estimators.discrete import subsets
-from numpyro_gradest.estimators.discrete._validation import check_count, is_false
+from numpyro_gradest.estimators.discrete._validation import is_false
 from numpyro_gradest.estimators.discrete.noise import GumbelNoise, LogisticNoise, Noise
 
 Solve = Callable[[Array], Array]

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_gradest.estimators.discrete._validation import as_theta, check_count, check_positive
+from numpyro_gradest.estimators._validation import check_count
+from numpyro_gradest.estimators.discrete._validation import as_theta, check_positive
 from numpyro_gradest.estimators.discrete.noise import Noise
 from numpyro_gradest.estimators.discrete.perturb_and_map import prepare
 from numpyro_gradest.estimators.discrete.solvers import Solver, as_solver

@@ -6,19 +6,26 @@ log-coefficients, of which none beyond k is kept: O(n k) in log2(n) steps of who
 goes down the same tree and splits the ones among the children.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 # Stands for the logarithm of zero. -inf would make the derivative of a logsumexp nan.
 _NEVER = -1e30
+# Outside of compiled code, as when a host runs a program for the first time, each of the many small
+# operations would be compiled for itself.
+_compiled = partial(jax.jit, static_argnames="num_ones")
 
 
+@_compiled
 def log_partition(theta: Float[Array, " *batch n"], num_ones: int) -> Float[Array, " *batch"]:
     """Logarithm of the sum of exp <z, theta> over all z with that many ones."""
     return _tree(theta, num_ones)[-1][..., 0, num_ones]
 
 
+@_compiled
 def marginals(theta: Float[Array, " *batch n"], num_ones: int) -> Float[Array, " *batch n"]:
     """Probability of each item to be in the subset; differentiable, their Jacobian the covariance
     of the items."""
@@ -41,6 +48,7 @@ def num_splits(num_items: int) -> int:
     return 2 ** _depth(num_items) - 1
 
 
+@_compiled
 def place(
     theta: Float[Array, " *batch n"], uniform: Float[Array, " *samples_batch splits"], num_ones: int
 ) -> Float[Array, " *samples_batch n"]:
@@ -76,12 +84,23 @@ def _tree(theta: Array, num_ones: int) -> list[Array]:
     levels = [jnp.stack([jnp.zeros_like(padded), padded], axis=-1)]
     for _ in range(depth):
         left, right = levels[-1][..., 0::2, :], levels[-1][..., 1::2, :]
-        degree = left.shape[-1] - 1
-        new_degree = min(2 * degree, num_ones)
-        difference = jnp.arange(new_degree + 1)[:, None] - jnp.arange(degree + 1)
-        products = left[..., None, :] + _coefficient(right[..., None, :], difference)
-        levels.append(jax.nn.logsumexp(products, axis=-1))
+        levels.append(_product(left, right, num_ones))
     return levels
+
+
+def _product(left: Array, right: Array, num_ones: int) -> Array:
+    """Log-coefficients, up to the power k, of the product of two polynomials of one degree.
+
+    In a row for each coefficient of ``left``, moved to the right by its power: those of one power
+    then share a column. The rows move by being written out one entry too long, for indexing with
+    an array compiles slowly, and its derivative is a scatter.
+    """
+    size = left.shape[-1]
+    rows = left[..., :, None] + right[..., None, :]
+    widths = [(0, 0)] * (rows.ndim - 1) + [(0, size)]
+    entries = jnp.pad(rows, widths, constant_values=_NEVER).reshape(*rows.shape[:-2], -1)
+    moved = entries[..., :-size].reshape(*rows.shape[:-1], 2 * size - 1)
+    return jax.nn.logsumexp(moved[..., : num_ones + 1], axis=-2)
 
 
 def _coefficient(log_coefficients: Array, power: Array) -> Array:

@@ -140,12 +140,6 @@ def check_ridge(ridge: Any, dtype: jnp.dtype, *, caller: str) -> None:
         )
 
 
-def check_count(number: Any, name: str, *, caller: str) -> None:
-    """Refuse what is not an integer of 1 or more."""
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError(f"{caller} needs {name} as an integer >= 1, got {number!r}.")
-
-
 def is_false(condition: Array) -> bool:
     """Whether a condition is known to be false: not while it is traced, compiled or mapped."""
     return not isinstance(condition, jax.core.Tracer) and not bool(condition)

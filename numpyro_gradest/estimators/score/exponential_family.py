@@ -13,13 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.estimators.score._standardize import standardize
-from numpyro_gradest.estimators.score._validation import (
-    as_points,
-    as_samples,
-    check_count,
-    check_ridge,
-)
+from numpyro_gradest.estimators.score._validation import as_points, as_samples, check_ridge
 from numpyro_gradest.estimators.score.kernels import CurlFree, RadialKernel
 from numpyro_gradest.estimators.score.whitening import Whitening
 

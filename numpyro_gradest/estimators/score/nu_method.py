@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.estimators.score._standardize import standardize
-from numpyro_gradest.estimators.score._validation import as_samples, check_count
+from numpyro_gradest.estimators.score._validation import as_samples
 from numpyro_gradest.estimators.score.exponential_family import CurlFreeFit
 from numpyro_gradest.estimators.score.kernels import CurlFree, RadialKernel
 

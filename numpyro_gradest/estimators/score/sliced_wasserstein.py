@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from numpyro_gradest.estimators.score._validation import as_reference, as_samples, check_count
+from numpyro_gradest.estimators._validation import check_count
+from numpyro_gradest.estimators.score._validation import as_reference, as_samples
 
 
 def sliced_wasserstein(

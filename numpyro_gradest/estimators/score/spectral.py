@@ -10,9 +10,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.estimators.score._pairs import product, squared_distances, weighted_differences
 from numpyro_gradest.estimators.score._standardize import standardize
-from numpyro_gradest.estimators.score._validation import as_points, as_samples, check_count
+from numpyro_gradest.estimators.score._validation import as_points, as_samples
 from numpyro_gradest.estimators.score.kernels import RadialKernel
 from numpyro_gradest.estimators.score.whitening import Whitening
 

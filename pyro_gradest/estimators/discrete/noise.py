@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_gradest.estimators.discrete._validation import check_count
+from pyro_gradest.estimators._validation import check_count
 
 
 class Noise(ABC):

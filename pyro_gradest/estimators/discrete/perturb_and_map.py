@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_gradest.estimators.discrete._validation import as_theta, check_count, check_positive
+from pyro_gradest.estimators._validation import check_count
+from pyro_gradest.estimators.discrete._validation import as_theta, check_positive
 from pyro_gradest.estimators.discrete.noise import Noise
 from pyro_gradest.estimators.discrete.solvers import Solver, as_solver
 

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.estimators.discrete import subsets
-from pyro_gradest.estimators.discrete._validation import check_count, is_false
+from pyro_gradest.estimators.discrete._validation import is_false
 from pyro_gradest.estimators.discrete.noise import GumbelNoise, LogisticNoise, Noise
 
 Solve = Callable[[Tensor], Tensor]

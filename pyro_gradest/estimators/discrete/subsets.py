@@ -77,12 +77,22 @@ def _tree(theta: Tensor, num_ones: int) -> list[Tensor]:
     levels = [torch.stack([torch.zeros_like(padded), padded], dim=-1)]
     for _ in range(depth):
         left, right = levels[-1][..., 0::2, :], levels[-1][..., 1::2, :]
-        degree = left.shape[-1] - 1
-        new_degree = min(2 * degree, num_ones)
-        difference = _range(new_degree, theta)[:, None] - _range(degree, theta)
-        products = left[..., None, :] + _coefficient(right[..., None, :], difference)
-        levels.append(torch.logsumexp(products, dim=-1))
+        levels.append(_product(left, right, num_ones))
     return levels
+
+
+def _product(left: Tensor, right: Tensor, num_ones: int) -> Tensor:
+    """Log-coefficients, up to the power k, of the product of two polynomials of one degree.
+
+    In a row for each coefficient of ``left``, moved to the right by its power: those of one power
+    then share a column. The rows move by being written out one entry too long, for the derivative
+    of indexing with a tensor is a scatter.
+    """
+    size = left.shape[-1]
+    rows = left[..., :, None] + right[..., None, :]
+    entries = torch.nn.functional.pad(rows, (0, size), value=_NEVER).flatten(-2)
+    moved = entries[..., :-size].unflatten(-1, (size, 2 * size - 1))
+    return torch.logsumexp(moved[..., : num_ones + 1], dim=-2)
 
 
 def _coefficient(log_coefficients: Tensor, power: Tensor) -> Tensor:
@@ -96,7 +106,3 @@ def _coefficient(log_coefficients: Tensor, power: Tensor) -> Tensor:
         dim=-1,
     )
     return torch.where(is_inside, taken, _NEVER)
-
-
-def _range(last: int, theta: Tensor) -> Tensor:
-    return torch.arange(last + 1, device=theta.device)

@@ -141,12 +141,6 @@ def check_ridge(ridge: Any, dtype: torch.dtype, *, caller: str) -> None:
         )
 
 
-def check_count(number: Any, name: str, *, caller: str) -> None:
-    """Refuse what is not an integer of 1 or more."""
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ValueError(f"{caller} needs {name} as an integer >= 1, got {number!r}.")
-
-
 def is_false(condition: Tensor) -> bool:
     """Whether a condition is known to be false: not while it is traced, compiled or mapped."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():

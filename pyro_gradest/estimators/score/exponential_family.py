@@ -13,14 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.estimators.score._standardize import standardize
-from pyro_gradest.estimators.score._validation import (
-    as_points,
-    as_samples,
-    check_count,
-    check_ridge,
-    is_false,
-)
+from pyro_gradest.estimators.score._validation import as_points, as_samples, check_ridge, is_false
 from pyro_gradest.estimators.score.kernels import CurlFree, RadialKernel
 from pyro_gradest.estimators.score.whitening import Whitening
 

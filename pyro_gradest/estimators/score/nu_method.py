@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.estimators.score._standardize import standardize
-from pyro_gradest.estimators.score._validation import as_samples, check_count
+from pyro_gradest.estimators.score._validation import as_samples
 from pyro_gradest.estimators.score.exponential_family import CurlFreeFit
 from pyro_gradest.estimators.score.kernels import CurlFree, RadialKernel
 

@@ -5,7 +5,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_gradest.estimators.score._validation import as_reference, as_samples, check_count
+from pyro_gradest.estimators._validation import check_count
+from pyro_gradest.estimators.score._validation import as_reference, as_samples
 
 
 def sliced_wasserstein(

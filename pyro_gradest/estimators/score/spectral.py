@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.estimators.score._pairs import squared_distances, weighted_differences
 from pyro_gradest.estimators.score._standardize import standardize
-from pyro_gradest.estimators.score._validation import as_points, as_samples, check_count
+from pyro_gradest.estimators.score._validation import as_points, as_samples
 from pyro_gradest.estimators.score.kernels import RadialKernel
 from pyro_gradest.estimators.score.whitening import Whitening
 
