@@ -95,7 +95,7 @@ def pyro_draws() -> tuple[np.ndarray, Callable]:
 
     def model() -> None:
         w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([31]).to_event(1))
-        logits = w[..., 0] + torch.einsum("...d,...d->...", w[..., 1:], x)
+        logits = w[..., 0] + (w[..., 1:] * x).sum(-1)
         with pyro.plate("data", len(y)):
             pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
 
