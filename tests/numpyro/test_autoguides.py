@@ -1,6 +1,7 @@
 """Autoguides: joint ones have one weight, and no bound exceeds the evidence.
 
-Setting a guide up is part of what is compiled: operation by operation it takes seconds.
+Setting a guide up is part of what is compiled: operation by operation it takes seconds. A guide
+keeps what it finds there, so every compiled function builds one of its own.
 """
 
 import math
@@ -178,12 +179,12 @@ def test_autoguides_that_subsample_with_the_model():
             z = sample("z", dist.Normal(0.0, 1.0))
             sample("x", dist.Normal(z, 1.0), obs=X[rows])
 
-    guide = autoguide.AutoNormal(model, create_plates=create_plates)
+    build = partial(autoguide.AutoNormal, create_plates=create_plates)
 
     @quickly
     def train():
-        svi, state = initial(guide, model, IWAE(3))
+        svi, state = initial(build(model), model, IWAE(3))
         return jax.lax.scan(lambda state, _: svi.update(state), state, length=5)[1]
 
-    assert number_of_weights(lambda _: guide, model) == 2
+    assert number_of_weights(build, model) == 2
     assert np.isfinite(train()).all()
