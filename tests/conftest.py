@@ -69,6 +69,12 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if collection_path in left_out else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first: last, one worker would wait for the other's."""
+    longest = ("test_tutorials.py", "test_quickstart.py")
+    items.sort(key=lambda item: item.path.name not in longest)
+
+
 def pytest_report_header() -> list[str]:
     """Say at the top of the run which host's tests are left out."""
     return [
@@ -76,6 +82,23 @@ def pytest_report_header() -> list[str]:
         for host in PACKAGES
         if _is_left_out(host)
     ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep in pytest's cache what JAX compiles, which takes most of the suite's time.
+
+    The other worker finds it there, and so does the next run. ``--cache-clear`` empties it.
+    """
+    if not (_INSTALLED["numpyro"] and config.pluginmanager.hasplugin("cacheprovider")):
+        return
+    settings = {
+        "jax_compilation_cache_dir": str(config.cache.mkdir("jax")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for the programs that tests start
 
 
 @pytest.fixture(autouse=True)

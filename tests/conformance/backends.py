@@ -101,6 +101,10 @@ class PyroBackend:
     def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return self._torch.func.vmap(function)
 
+    def as_a_whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, where the host has operations compiled together: here it has not."""
+        return function
+
     def compiled(self, function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
         """``function``, traced at ``arguments``; of tensors, and returning one."""
         with warnings.catch_warnings():
@@ -166,6 +170,10 @@ class NumPyroBackend:
 
     def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return self._jax.vmap(function)
+
+    def as_a_whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, compiled at first use; by single operations it takes far longer."""
+        return self.compiled(function)
 
     def compiled(self, function: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
         """``function``, compiled at first use."""

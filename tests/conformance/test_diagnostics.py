@@ -18,8 +18,8 @@ FUNCTIONS = ["shrinkage", "stein_identity", "kernel_stein_discrepancy"]
 
 def judge(backend, name, samples, scores, **options):
     """NumPy in and out."""
-    function = getattr(backend.estimators, name)
-    return backend.numpy(function(backend.array(samples), backend.array(scores), **options))
+    function = backend.as_a_whole(partial(getattr(backend.estimators, name), **options))
+    return backend.numpy(function(backend.array(samples), backend.array(scores)))
 
 
 def randomly(backend, samples):
@@ -36,11 +36,9 @@ def randomly(backend, samples):
 def distance(backend, samples, reference, **options):
     """Sliced Wasserstein, NumPy in and out."""
     key, generator = randomly(backend, samples)
-    return backend.numpy(
-        backend.estimators.sliced_wasserstein(
-            *key, backend.array(samples), backend.array(reference), **generator, **options
-        )
-    )
+    function = partial(backend.estimators.sliced_wasserstein, **generator, **options)
+    arrays = backend.array(samples), backend.array(reference)
+    return backend.numpy(backend.as_a_whole(function)(*key, *arrays))
 
 
 def directions(backend, samples, number):
@@ -235,7 +233,11 @@ def test_a_ridge_that_shrinks_is_seen_by_shrinkage(backend):
             backend,
             "shrinkage",
             samples,
-            backend.numpy(backend.estimators.stein_score(backend.array(samples), ridge=ridge)),
+            backend.numpy(
+                backend.as_a_whole(partial(backend.estimators.stein_score, ridge=ridge))(
+                    backend.array(samples)
+                )
+            ),
         )
         for ridge in (0.01, 10.0)
     }

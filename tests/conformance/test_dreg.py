@@ -164,7 +164,7 @@ QUADRATURES = {
     "gaussian-K1": partial(gaussian, 1, 40),
     "two-layers": partial(two_layers, 2, 14),
     "two-layers-K1": partial(two_layers, 1, 14),
-    "discrete-around": partial(discrete_around, 2, 40),
+    "discrete-around": partial(discrete_around, 2, 24),
     "discrete-around-K1": partial(discrete_around, 1, 40),
 }
 # It falls with the number of nodes (two layers, 10 to 22 nodes: 7e-5, 5e-6, 1e-6, 2e-7).

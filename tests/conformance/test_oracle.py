@@ -1,4 +1,9 @@
-"""Layer 1 against the NumPy oracle: values, gradients where there are any, zero where not."""
+"""Layer 1 against the NumPy oracle: values, gradients where there are any, zero where not.
+
+Every kind of log-weights goes through one compiled function.
+"""
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -105,50 +110,46 @@ FINITE = [random_weights, tied_weights, equal_weights, spread_weights, dominated
 WITH_ZEROS = [some_zero_weights, single_nonzero_weight, all_zero_weights, mixed_zero_weights]
 
 every_shape = pytest.mark.parametrize(
-    "shape", [(2,), (3, 4), (7, 2, 3)], ids=lambda shape: "x".join(map(str, shape))
-)
-every_kind = pytest.mark.parametrize(
-    "make", FINITE + WITH_ZEROS, ids=lambda make: make.__name__.removesuffix("_weights")
+    "shape", [(2,), (7, 2, 3)], ids=lambda shape: "x".join(map(str, shape))
 )
 
 
-def assert_matches(actual, desired):
-    np.testing.assert_allclose(actual, desired, rtol=1e-12, atol=ATOL)
+def every_kind(shape):
+    """The name of each kind, and log-weights of it."""
+    for make in FINITE + WITH_ZEROS:
+        yield make.__name__, make(np.random.default_rng(0), shape)
+
+
+def assert_matches(actual, desired, kind=""):
+    np.testing.assert_allclose(actual, desired, rtol=1e-12, atol=ATOL, err_msg=kind)
 
 
 @pytest.mark.usefixtures("strict_promotion")
 @every_shape
-@every_kind
 @pytest.mark.parametrize("name", [*SIGNALS, *BOUNDS, *STATISTICS])
-def test_value(backend, name, make, shape):
+def test_value(backend, name, shape):
     function, options = {**SIGNALS, **BOUNDS, **STATISTICS}[name]
-    log_weights = make(np.random.default_rng(0), shape)
-
-    actual = getattr(backend.estimators, function)(backend.array(log_weights), **options)
-
-    assert_matches(backend.numpy(actual), getattr(oracle, function)(log_weights, **options))
+    value = backend.as_a_whole(partial(getattr(backend.estimators, function), **options))
+    for kind, log_weights in every_kind(shape):
+        actual = backend.numpy(value(backend.array(log_weights)))
+        assert_matches(actual, getattr(oracle, function)(log_weights, **options), kind)
 
 
 @pytest.mark.usefixtures("strict_promotion")
 @every_shape
-@every_kind
 @pytest.mark.parametrize(
     ("num_auxiliary", "make_auxiliary"),
     [(1, random_weights), (4, spread_weights), (3, mixed_zero_weights)],
     ids=["S1-random", "S4-spread", "S3-mixed_zero"],
 )
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_value_of_ovis_mc(backend, make, make_auxiliary, num_auxiliary, shape, alpha):
-    rng = np.random.default_rng(0)
-    log_weights = make(rng, shape)
-    auxiliary = make_auxiliary(rng, (num_auxiliary, *shape[1:]))
-
-    actual = backend.estimators.ovis_mc_learning_signal(
-        backend.array(log_weights), backend.array(auxiliary), alpha=alpha
-    )
-
-    desired = oracle.ovis_mc_learning_signal(log_weights, auxiliary, alpha=alpha)
-    assert_matches(backend.numpy(actual), desired)
+def test_value_of_ovis_mc(backend, make_auxiliary, num_auxiliary, shape, alpha):
+    value = backend.as_a_whole(partial(backend.estimators.ovis_mc_learning_signal, alpha=alpha))
+    auxiliary = make_auxiliary(np.random.default_rng(1), (num_auxiliary, *shape[1:]))
+    for kind, log_weights in every_kind(shape):
+        actual = backend.numpy(value(backend.array(log_weights), backend.array(auxiliary)))
+        desired = oracle.ovis_mc_learning_signal(log_weights, auxiliary, alpha=alpha)
+        assert_matches(actual, desired, kind)
 
 
 @pytest.mark.parametrize("name", [*SIGNALS, *STATISTICS])
@@ -174,29 +175,35 @@ def test_ovis_mc_is_detached(backend):
         np.testing.assert_array_equal(gradient, 0.0)
 
 
+def gradients_of_every_kind(backend, bound, shape):
+    """The name of each kind, the log-weights, and the derivative of a bound in them.
+
+    All at once, side by side in a new last axis: each column has a bound of its own.
+    """
+    kinds, log_weights = zip(*every_kind(shape), strict=True)
+    (gradient,) = backend.gradients(bound, np.stack(log_weights, axis=-1))
+    return zip(kinds, log_weights, np.moveaxis(gradient, -1, 0), strict=True)
+
+
 @every_shape
-@every_kind
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, -1.0])
-def test_gradient_of_the_bounds(backend, alpha, make, shape):
-    log_weights = make(np.random.default_rng(0), shape)
-
-    (gradient,) = backend.gradients(
-        lambda lw: backend.estimators.renyi_bound(lw, alpha=alpha), log_weights
-    )
-
-    # d/d lw_k of log(mean w^(1-alpha)) / (1-alpha) is the normalised weight of w_k^(1-alpha).
-    with np.errstate(invalid="ignore"):  # 0 * -inf at alpha = 1
-        tempered = np.where(alpha == 1, 0.0, (1 - alpha) * log_weights)
-    assert_matches(gradient, oracle.normalized_weights(tempered))
+def test_gradient_of_the_bounds(backend, alpha, shape):
+    bound = partial(backend.estimators.renyi_bound, alpha=alpha)
+    for kind, log_weights, gradient in gradients_of_every_kind(backend, bound, shape):
+        # d/d lw_k of log(mean w^(1-alpha)) / (1-alpha) is the normalised weight of w_k^(1-alpha).
+        with np.errstate(invalid="ignore"):  # 0 * -inf at alpha = 1
+            tempered = np.where(alpha == 1, 0.0, (1 - alpha) * log_weights)
+        assert_matches(gradient, oracle.normalized_weights(tempered), kind)
 
 
-@every_kind
-def test_gradient_of_the_iwae_bound(backend, make):
-    log_weights = make(np.random.default_rng(0), (3, 4))
+def test_gradient_of_the_iwae_bound(backend):
+    bound = backend.estimators.iwae_bound
+    for kind, log_weights, gradient in gradients_of_every_kind(backend, bound, (3, 4)):
+        assert_matches(gradient, oracle.normalized_weights(log_weights), kind)
 
-    (gradient,) = backend.gradients(backend.estimators.iwae_bound, log_weights)
-
-    assert_matches(gradient, oracle.normalized_weights(log_weights))
+    alone = np.random.default_rng(0).normal(size=3)
+    (gradient,) = backend.gradients(bound, alone)
+    assert_matches(gradient, oracle.normalized_weights(alone))
 
 
 @pytest.fixture

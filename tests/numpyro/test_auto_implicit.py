@@ -1,6 +1,6 @@
 """The ready implicit guide: what it draws, its gradient draw for draw, and what it fits."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ from numpyro import handlers, plate, sample
 from numpyro.infer import SVI, Predictive, init_to_value
 
 from numpyro_gradest import IWAE, AutoImplicit, ImplicitELBO, importance_samples
+from tests.conformance.backends import QUICK_TO_COMPILE
 from tests.numpyro.definition import evaluate, log_normal
 
 K = 7
 X = jnp.array([0.9, -0.4, 0.1])
+quickly = partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
 INITIAL = {"w": jnp.array([0.2, 0.5, 0.3]), "s": jnp.array(1.5), "z": X}
 
 
@@ -33,10 +35,11 @@ def known_score(samples):
     return jnp.sin(3.0 * samples) - 0.3 * samples.sum(-1, keepdims=True)
 
 
-def started(num_noise=8):
+@cache
+def started():
     """The guide, and parameters at which no part of the network is silent."""
     start = init_to_value(values=INITIAL)
-    guide = AutoImplicit(constrained, hidden=(5, 4), num_noise=num_noise, init_loc_fn=start)
+    guide = AutoImplicit(constrained, hidden=(5, 4), num_noise=8, init_loc_fn=start)
     trace = handlers.trace(handlers.seed(guide, 0)).get_trace()
     params = {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
     moved = {name: value + 0.1 * jnp.cos(1.0 + value) for name, value in params.items()}
@@ -81,7 +84,7 @@ def test_loss_gradient_follows_the_definition():
         score = known_score(jax.lax.stop_gradient(u))
         return -(jax.vmap(elbo)(u) - (score * u).sum(-1)).mean()
 
-    gradient = jax.grad(surrogate)(params)
+    gradient = quickly(jax.grad(surrogate))(params)
     assert gradient.keys() == actual.gradient.keys()
     for name, expected in gradient.items():
         assert (expected != 0).all(), name
@@ -132,10 +135,11 @@ def test_what_needs_a_density_is_refused():
             refused(params)
     with pytest.raises(NotImplementedError, match="no posterior to evaluate"):
         guide.get_posterior(params)
+    # Traced only: what is refused need not be computed.
     with pytest.raises(NotImplementedError, match=r"no density.*importance weights"):
-        importance_samples(random.key(0), constrained, guide, params)
+        jax.eval_shape(lambda: importance_samples(random.key(0), constrained, guide, params))
     with pytest.raises(NotImplementedError, match=r"ImplicitELBO\(num_particles"):
-        IWAE(3).loss(random.key(0), params, constrained, guide)
+        jax.eval_shape(lambda: IWAE(3).loss(random.key(0), params, constrained, guide))
 
 
 def test_subsampled_latents_are_refused():

@@ -18,6 +18,8 @@ from numpyro.infer.initialization import init_to_value
 from numpyro_gradest import IWAE, ReweightedWakeSleep
 from tests.conformance.backends import QUICK_TO_COMPILE
 
+quickly = partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+
 
 def model():
     z = numpyro.sample("z", dist.LogNormal(0.0, 1.0))
@@ -47,21 +49,22 @@ def test_no_noise_where_the_guide_is_the_posterior(objective, guide):
     start = init_to_value(values={"z": jnp.exp(MEAN)})
     guide = GUIDES[guide](model, init_loc_fn=start)
     svi = SVI(model, guide, optax.sgd(1.0), loss=objective(4, reparam="dreg"))
-    state = svi.init(random.key(0))
 
-    after, _ = jax.jit(svi.update, compiler_options=QUICK_TO_COMPILE)(state)
+    @quickly
+    def step():
+        """One of size one along the gradient."""
+        before = svi.init(random.key(0))
+        after, _ = svi.update(before)
+        return [svi.optim.get_params(state.optim_state) for state in (before, after)]
 
-    # One step of size one along the gradient.
-    before = svi.optim.get_params(state.optim_state)
-    after = svi.optim.get_params(after.optim_state)
+    before, after = step()
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-10), after, before)
 
 
 def test_point_masses_are_parameters_and_not_draws():
     svi = SVI(model, AutoDelta(model), optax.sgd(1.0), loss=IWAE(2, reparam="dreg"))
-    state = svi.init(random.key(0))
     with pytest.raises(ValueError, match=r'reparam="dreg".*has none'):
-        svi.update(state)
+        jax.eval_shape(lambda: svi.update(svi.init(random.key(0))))
 
 
 def encoded_model(code, x):
@@ -87,4 +90,5 @@ def test_arguments_that_the_guide_depends_on_are_parameters_too():
 
         return loss.loss(random.key(0), {"slope": slope}, encoded_model, guide, None, x)
 
-    np.testing.assert_allclose(jax.grad(outside)(slope), jax.grad(inside)(slope), rtol=1e-10)
+    actual, desired = (quickly(jax.grad(loss))(slope) for loss in (outside, inside))
+    np.testing.assert_allclose(actual, desired, rtol=1e-10)

@@ -49,6 +49,18 @@ LOSSES = {
     "iwae": IWAE(1),
 }
 KEY = jax.random.key(0)
+quickly = partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+
+
+def trained(svi, num_steps):
+    """The parameters after so many steps from the beginning, all of it compiled at once."""
+
+    @quickly
+    def train():
+        state, _ = jax.lax.scan(lambda state, _: svi.update(state), svi.init(KEY), length=num_steps)
+        return svi.get_params(state)
+
+    return train()
 
 
 class EvenLogistic(LogisticNoise):
@@ -104,7 +116,7 @@ def exact_gradient(kind):
 def relative_error(estimator, kind, loss, scale=1.0, **options):
     wrapped = imle(guide, {"z": estimator})
 
-    @jax.jit
+    @quickly
     def gradient(theta):
         return jax.grad(
             lambda theta: loss.loss(KEY, {"theta": theta}, model, wrapped, kind, **options)
@@ -151,16 +163,16 @@ def test_guide_finds_the_posterior(estimator):
     config = {"z": estimator}
     wrapped = imle(guide, config)
     svi = SVI(model, wrapped, adapt_imle(optax.adam(0.1), config), Trace_ELBO(3))
-    result = svi.run(KEY, 60, progress_bar=False)
+    params = trained(svi, 60)
 
-    assert ((result.params["logits"] > 0.5) == (x > 1)).all()
-    drawn = numpyro.infer.Predictive(wrapped, params=result.params, num_samples=4)(KEY)
+    assert ((params["logits"] > 0.5) == (x > 1)).all()
+    drawn = numpyro.infer.Predictive(wrapped, params=params, num_samples=4)(KEY)
     assert drawn["z"].shape == (4, 2, 2)
     traced = numpyro.handlers.trace(
         numpyro.handlers.replay(
             model,
             numpyro.handlers.trace(
-                numpyro.handlers.seed(numpyro.handlers.substitute(wrapped, result.params), KEY)
+                numpyro.handlers.seed(numpyro.handlers.substitute(wrapped, params), KEY)
             ).get_trace(),
         )
     ).get_trace()
@@ -186,7 +198,7 @@ CONFIG = {"z": AdaptiveIMLE()}
 def test_training_resumes_bit_for_bit(loss):
     """From the state of SVI alone, through NumPy, under ``jit``."""
     svi = SVI(noisy_model, imle(noisy_guide, CONFIG), adapt_imle(optax.adam(0.1), CONFIG), loss)
-    update = jax.jit(svi.update, compiler_options=QUICK_TO_COMPILE)
+    update = quickly(svi.update)
     state = svi.init(KEY)
     for _ in range(5):
         state, _ = update(state)
@@ -215,7 +227,7 @@ def test_state_follows_the_rule_whatever_the_optimizer():
     svi = SVI(noisy_model, imle(noisy_guide, config), optimizer, Trace_ELBO(4))
     first = svi.init(KEY)
     np.testing.assert_allclose(svi.get_params(first)["z_imle"], [4.0, 0.3, 0.0, 0.0, 0.0])
-    update_state = jax.jit(svi.update, compiler_options=QUICK_TO_COMPILE)
+    update_state = quickly(svi.update)
     state, _ = update_state(first)
     step, _, update, *_ = svi.get_params(state)["z_imle"]
     assert abs(np.log(step / 4.0)) == pytest.approx(0.25)
@@ -230,7 +242,7 @@ def test_state_follows_the_rule_whatever_the_optimizer():
 def test_an_optimizer_that_knows_nothing_of_the_state_is_refused():
     svi = SVI(noisy_model, imle(noisy_guide, CONFIG), optax.adam(0.1), Trace_ELBO(4))
     state = svi.init(KEY)
-    state, _ = jax.jit(svi.update, compiler_options=QUICK_TO_COMPILE)(state)
+    state, _ = quickly(svi.update)(state)
     with pytest.raises(Exception, match=r"adapt_imle\(optimizer, config\)"):
         svi.loss.loss(KEY, svi.get_params(state), noisy_model, svi.guide)
     with pytest.raises(Exception, match=r"adapt_imle\(optimizer, config\)"):
@@ -369,8 +381,7 @@ def test_any_solver_trains_with_the_bound(estimator):
     config = {"z": estimator}
     optimizer = adapt_imle(optax.adam(0.1), config)
     svi = SVI(subset_model, imle(subset_guide, config), optimizer, TraceMeanField_ELBO(4))
-    result = svi.run(KEY, 60, progress_bar=False)
-    assert ((result.params["theta"] > 0.2) == (DATA > 1)).all()
+    assert ((trained(svi, 60)["theta"] > 0.2) == (DATA > 1)).all()
 
 
 def test_sites_without_a_density_are_refused_elsewhere():
@@ -433,7 +444,7 @@ def k_subset_error(estimator, likelihood, loss):
     exact = sum(q[i] * values[i] * (z - mean) for i, z in enumerate(SUBSETS))
     wrapped = imle(k_subset_guide, {"z": estimator})
 
-    @partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+    @quickly
     def gradient(theta):
         params = {"theta": theta}
         return jax.grad(lambda params: loss.loss(KEY, params, k_subset_model, wrapped, likelihood))(
@@ -487,11 +498,11 @@ def test_groups_of_subsets_find_the_posterior(estimator):
     config = {"z": estimator}
     wrapped = imle(guide, config)
     svi = SVI(model, wrapped, adapt_imle(optax.adam(0.1), config), TraceMeanField_ELBO(3))
-    result = svi.run(KEY, 60, progress_bar=False)
+    params = trained(svi, 60)
 
-    means = KSubset(result.params["logits"], 2).mean
+    means = quickly(lambda logits: KSubset(logits, 2).mean)(params["logits"])
     assert ((means > 0.7) == (x > 1)).all()
-    z = numpyro.handlers.seed(numpyro.handlers.substitute(wrapped, result.params), KEY)()
+    z = quickly(numpyro.handlers.seed(numpyro.handlers.substitute(wrapped, params), KEY))()
     assert jnp.all((z == 0) | (z == 1))
     assert jnp.all(z.sum(-1) == 2)
 
