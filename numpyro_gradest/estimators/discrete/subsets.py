@@ -100,7 +100,10 @@ def _product(left: Array, right: Array, num_ones: int) -> Array:
     widths = [(0, 0)] * (rows.ndim - 1) + [(0, size)]
     entries = jnp.pad(rows, widths, constant_values=_NEVER).reshape(*rows.shape[:-2], -1)
     moved = entries[..., :-size].reshape(*rows.shape[:-1], 2 * size - 1)
-    return jax.nn.logsumexp(moved[..., : num_ones + 1], axis=-2)
+    moved = moved[..., : num_ones + 1]
+    # No entry is infinite, which spares what a library's logsumexp does about it.
+    largest = jax.lax.stop_gradient(jnp.max(moved, axis=-2, keepdims=True))
+    return largest[..., 0, :] + jnp.log(jnp.sum(jnp.exp(moved - largest), axis=-2))
 
 
 def _coefficient(log_coefficients: Array, power: Array) -> Array:
