@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-_BOUNDS = ("IWAE", "VIMCO", "OVIS", "NVIL", "RLOO")
+_BOUNDS = ("IWAE", "VIMCO", "OVIS", "NVIL", "RLOO", "DisARM")
 _numpyro_ELBOS = ("Trace_ELBO", "TraceGraph_ELBO", "TraceMeanField_ELBO", "TraceEnum_ELBO")
 
 

@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,26 @@ from numpyro_gradest.infer._trace import Program
 
 SAMPLE_SIZE = "_effective_sample_size"
 """State under which a loss leaves the effective sample size of a step, for who puts it there."""
+
+
+class Coefficients(NamedTuple):
+    """What multiplies the log-probabilities of the particles; all are ``[K, replicates, *batch]``.
+
+    What is ``None`` does not differ from what comes before it, or is of no use.
+    """
+
+    weights: Array
+    """b, of log p and, subtracted, of the log q of reparameterised sites."""
+    learning_signal: Array
+    """a, of the log q of score-function sites."""
+    path_weights: Array | None = None
+    """As ``weights``, along the path through the reparameterised draws."""
+    path_signal: Array | None = None
+    """As ``learning_signal``, along that path."""
+    model_weights: Array | None = None
+    """As ``weights``, of log p other than along that path."""
+    antithetic_signal: Array | None = None
+    """a once more, at antithetic pairs."""
 
 
 class MultiSampleELBO(ELBO, ABC):
@@ -65,6 +85,8 @@ class MultiSampleELBO(ELBO, ABC):
     _least_particles = 1
     _reparams: tuple[str, ...] = ("pathwise", "dreg", "stl", "score")
     num_auxiliary = 0
+    # DisARM alone has a particle be two draws; a second axis of the batch tells them apart.
+    _is_antithetic = False
 
     def __init__(
         self,
@@ -134,15 +156,16 @@ class MultiSampleELBO(ELBO, ABC):
         program: Program,
         log_weights: Float[Array, " K *batch"],
         auxiliary_log_weights: Float[Array, " S *batch"] | None,
-    ) -> tuple[Float[Array, " K *batch"], ...]:
-        """b and a; and then, if those along the path through the draws differ, these."""
+    ) -> Coefficients:
         weights = self._weights(log_weights)
         signal = self._learning_signal(program, log_weights, auxiliary_log_weights)
         if self.reparam == "dreg":
             path_weights = self._path_weights(log_weights)
             # The path moves the weights, those of the score-function sites included.
-            return weights, signal, path_weights, signal - path_weights
-        return (weights, signal, weights, signal) if self.reparam == "stl" else (weights, signal)
+            return Coefficients(weights, signal, path_weights, signal - path_weights)
+        if self.reparam == "stl":
+            return Coefficients(weights, signal, weights, signal)
+        return Coefficients(weights, signal)
 
     def _further_surrogate(
         self, program: Program, log_weights: Float[Array, " K *batch"], key: Array
@@ -194,6 +217,7 @@ class MultiSampleELBO(ELBO, ABC):
             kwargs,
             self.reparam,
             is_weighted=self.num_particles > 1 and self.alpha != 1,
+            is_antithetic=self._is_antithetic,
         )
         program = program.with_plate_key(plate_key)
 
@@ -209,20 +233,21 @@ class MultiSampleELBO(ELBO, ABC):
             auxiliary = self._by_replicate(auxiliary_particles.log_weights)
 
         scale = particles.bound_scale / self.num_replicates
-        coefficients = [
-            scale * one.reshape(scale.shape)
-            for one in self._coefficients(program, log_weights, auxiliary)
-        ]
+        coefficients = jax.tree.map(
+            lambda one: scale * one.reshape(scale.shape),
+            self._coefficients(program, log_weights, auxiliary),
+        )
         if self.chunk_size:
             # Only keys and coefficients are kept: the backward pass runs each chunk again.
             @jax.checkpoint
-            def rerun(key: Array, *coefficients: Array) -> Array:
-                return _surrogate(self._run(program, key[None]), *(c[None] for c in coefficients))
+            def rerun(key: Array, coefficients: Coefficients) -> Array:
+                of_one = jax.tree.map(lambda one: one[None], coefficients)
+                return _surrogate(self._run(program, key[None]), of_one)
 
-            chunks = (keys, *coefficients)
+            chunks = (keys, coefficients)
             surrogate = jax.lax.map(lambda xs: rerun(*xs), chunks, batch_size=self.chunk_size).sum()
         else:
-            surrogate = _surrogate(particles, *coefficients)
+            surrogate = _surrogate(particles, coefficients)
         surrogate += self._further_surrogate(program, log_weights, guide_key)
 
         bound = jnp.sum(scale[0] * self._bound(log_weights).sum(axis=0))
@@ -260,28 +285,29 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return jnp.zeros_like(primals[0]), tangents[0]
 
 
-def _surrogate(
-    particles: Particles, weights: Array, learning_signal: Array, *path: Array
+def _surrogate(particles: Particles, coefficients: Coefficients) -> Float[Array, ""]:
+    weights, signal, path_weights, path_signal, model_weights, antithetic_signal = coefficients
+    log_p, nothing = particles.log_p, jnp.zeros_like(particles.log_p)
+    surrogate = 0.0
+    if model_weights is not None:
+        surrogate += _total(log_p, nothing, nothing, model_weights, nothing)
+        log_p = nothing
+    surrogate += _total(log_p, particles.log_q_path, particles.log_q_score, weights, signal)
+    if antithetic_signal is not None:
+        surrogate += _total(nothing, nothing, particles.antithetic, nothing, antithetic_signal)
+    if particles.along_path is not None:
+        path = particles.along_path
+        log_q_path = path.log_q_path + path.log_q_draw
+        surrogate += _total(path.log_p, log_q_path, path.log_q_score, path_weights, path_signal)
+    return surrogate
+
+
+def _total(
+    log_p: Array, log_q_path: Array, log_q_score: Array, weights: Array, signal: Array
 ) -> Float[Array, ""]:
-    surrogate = linear_surrogate(
-        particles.log_p,
-        particles.log_q_path,
-        particles.log_q_score,
-        weights=weights,
-        learning_signal=learning_signal,
+    return linear_surrogate(
+        log_p, log_q_path, log_q_score, weights=weights, learning_signal=signal
     ).sum()
-    if particles.along_path is None:
-        return surrogate
-    path_weights, path_signal = path
-    log_p, log_q_score, log_q_path, log_q_draw, *_ = particles.along_path
-    along_path = linear_surrogate(
-        log_p,
-        log_q_path + log_q_draw,
-        log_q_score,
-        weights=path_weights,
-        learning_signal=path_signal,
-    )
-    return surrogate + along_path.sum()
 
 
 def _warn_of_no_weight(bound: Float[Array, ""]) -> None:

@@ -15,13 +15,9 @@ from pyro_gradest.diagnostics._targets import bound_of, target_of
 from pyro_gradest.diagnostics.gradient_report import EstimatorComparison, GradientStatistics
 from pyro_gradest.estimators import effective_sample_size
 from pyro_gradest.infer._enumerated import NotEnumerableError, expected_bound
+from pyro_gradest.infer._random import replayed
 from pyro_gradest.infer.iwae import IWAE
-from pyro_gradest.infer.multisample_elbo import (
-    MultiSampleELBO,
-    check_count,
-    program_of,
-    replayed,
-)
+from pyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count, program_of
 
 _ESS_DRAWS = 20
 

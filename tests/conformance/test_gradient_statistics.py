@@ -209,7 +209,7 @@ def test_reports_a_bias_that_is_no_chance(backend, bias, shows):
 def test_targets_tell_apart_what_has_another_mean(backend):
     package, target_of = backend.package, module(backend, "_targets").target_of
     same = [package.IWAE(3), package.VIMCO(3), package.OVIS(3), package.NVIL(3)]
-    same += [package.IWAE(3, reparam="dreg"), package.OVIS(3, num_auxiliary=2)]
+    same += [package.IWAE(3, reparam="dreg"), package.OVIS(3, num_auxiliary=2), package.DisARM(3)]
     assert len(set(map(target_of, same))) == 1
     others = [
         package.IWAE(4),
