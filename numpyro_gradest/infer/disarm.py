@@ -42,9 +42,9 @@ class DisARM(MultiSampleELBO):
             depends on another.
 
     Bias and variance:
-        Unbiased for the gradient of the K-sample bound. With one pair the variance is that of
-        ``RLOO(2)``, which costs the same, or less: the nearer to even the odds, the less. The
-        gradient of the guide vanishes where it is the posterior.
+        Unbiased for the gradient of the K-sample bound. For one bit and one pair the variance is
+        below that of ``RLOO(2)``, which costs the same. The gradient of the guide vanishes where it
+        is the posterior.
 
     Cost:
         2 K evaluations of model and guide, and O(K) to combine them.

@@ -22,6 +22,7 @@ from numpyro_gradest.estimators import (
     renyi_weights,
 )
 from numpyro_gradest.infer._particles import Particles, refuse_log_weights, run_particle
+from numpyro_gradest.infer._sites import TOLD_APART
 from numpyro_gradest.infer._trace import Program
 
 SAMPLE_SIZE = "_effective_sample_size"
@@ -68,7 +69,11 @@ class MultiSampleELBO(ELBO, ABC):
             every random site.
         alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
             (the ELBO, averaged over the particles).
-        num_replicates: Number of independent K-particle bounds that are averaged.
+        num_replicates: Number of independent K-particle bounds that are averaged: MIWAE.
+        elbo_weight: Between 0 and 1: how much the ELBO counts beside the bound: CIWAE.
+        pool_replicates: Whether the model climbs the one bound over the particles of all
+            replicates, which is then the loss, while the guide climbs their average: PIWAE. A point
+            mass in the guide counts as the model's.
         chunk_size: Run the particles in chunks of this size, so that memory does not grow with
             ``num_particles``; the random numbers are the same, and so is, to rounding, the
             gradient. Model and guide run twice instead of once.
@@ -95,6 +100,8 @@ class MultiSampleELBO(ELBO, ABC):
         reparam: str = "pathwise",
         alpha: float = 0.0,
         num_replicates: int = 1,
+        elbo_weight: float = 0.0,
+        pool_replicates: bool = False,
         chunk_size: int | None = None,
         vectorize_particles: bool | Callable = True,
     ) -> None:
@@ -116,6 +123,11 @@ class MultiSampleELBO(ELBO, ABC):
                 "the ELBO, and beyond them the estimate is no lower bound or has no finite "
                 "variance."
             )
+        if not 0 <= elbo_weight <= 1:
+            raise ValueError(
+                f"{name} needs 0 <= elbo_weight <= 1, got {elbo_weight}: 0 is the bound over "
+                "particles, 1 the ELBO."
+            )
         if reparam not in self._reparams:
             choices = " or ".join(f'"{choice}"' for choice in self._reparams)
             raise ValueError(f"{name} needs reparam={choices}, got {reparam!r}.")
@@ -128,6 +140,8 @@ class MultiSampleELBO(ELBO, ABC):
         self.reparam = reparam
         self.alpha = alpha
         self.num_replicates = num_replicates
+        self.elbo_weight = elbo_weight
+        self.pool_replicates = pool_replicates
         self.chunk_size = chunk_size
 
     @abstractmethod
@@ -141,15 +155,28 @@ class MultiSampleELBO(ELBO, ABC):
 
     def _bound(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " *batch"]:
         """What the negative loss is, for each element of the common plates."""
-        return renyi_bound(log_weights, alpha=self.alpha)
+        if self.pool_replicates:
+            replicates = log_weights.shape[1:]
+            log_weights = log_weights.reshape(-1, *replicates[1:])
+            return jnp.broadcast_to(self._mixed(partial(renyi_bound, log_weights)), replicates)
+        return self._mixed(partial(renyi_bound, log_weights))
 
     def _weights(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
         """b, the coefficient of grad log p."""
-        return renyi_weights(log_weights, alpha=self.alpha)
+        return self._mixed(partial(renyi_weights, log_weights))
 
     def _path_weights(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
         """Under ``"dreg"``: coefficient of the log-weights along the path through the draws."""
-        return dreg_weights(log_weights, alpha=self.alpha)
+        return self._mixed(partial(dreg_weights, log_weights))
+
+    def _mixed(self, of_order: Callable[..., Array]) -> Array:
+        """What ``of_order`` is at the order alpha, and for the ELBO, by their weights."""
+        if self.elbo_weight == 0:
+            return of_order(alpha=self.alpha)
+        of_elbo = of_order(alpha=1.0)
+        if self.elbo_weight == 1:
+            return of_elbo
+        return (1 - self.elbo_weight) * of_order(alpha=self.alpha) + self.elbo_weight * of_elbo
 
     def _coefficients(
         self,
@@ -159,13 +186,28 @@ class MultiSampleELBO(ELBO, ABC):
     ) -> Coefficients:
         weights = self._weights(log_weights)
         signal = self._learning_signal(program, log_weights, auxiliary_log_weights)
+        coefficients = Coefficients(weights, signal)
         if self.reparam == "dreg":
             path_weights = self._path_weights(log_weights)
             # The path moves the weights, those of the score-function sites included.
-            return Coefficients(weights, signal, path_weights, signal - path_weights)
-        if self.reparam == "stl":
-            return Coefficients(weights, signal, weights, signal)
-        return Coefficients(weights, signal)
+            coefficients = Coefficients(weights, signal, path_weights, signal - path_weights)
+        elif self._reparam_of_program in TOLD_APART:
+            coefficients = Coefficients(weights, signal, weights, signal)
+        if self.pool_replicates:
+            of_all = self._weights(log_weights.reshape(-1, *log_weights.shape[2:]))
+            model_weights = self.num_replicates * of_all.reshape(log_weights.shape)
+            coefficients = coefficients._replace(model_weights=model_weights)
+        return coefficients
+
+    @property
+    def _reparam_of_program(self) -> str:
+        is_split = self.pool_replicates and self.reparam == "pathwise"
+        return "split" if is_split else self.reparam
+
+    @property
+    def _is_weighted(self) -> bool:
+        num_pooled = self.num_replicates if self.pool_replicates else 1
+        return self.num_particles * num_pooled > 1 and self.alpha != 1 and self.elbo_weight != 1
 
     def _further_surrogate(
         self, program: Program, log_weights: Float[Array, " K *batch"], key: Array
@@ -215,8 +257,8 @@ class MultiSampleELBO(ELBO, ABC):
             param_map,
             args,
             kwargs,
-            self.reparam,
-            is_weighted=self.num_particles > 1 and self.alpha != 1,
+            self._reparam_of_program,
+            is_weighted=self._is_weighted,
             is_antithetic=self._is_antithetic,
         )
         program = program.with_plate_key(plate_key)
