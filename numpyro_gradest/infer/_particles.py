@@ -121,7 +121,11 @@ def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> P
             antithetic = to_batch(antithetic_term(term.site), term.dims, plates)
             totals["antithetic"] += jnp.where(is_active, antithetic, 0.0)
     return Particles(
-        **totals,
+        log_p=totals["log_p"],
+        log_q_score=totals["log_q_score"],
+        log_q_path=totals["log_q_path"],
+        log_q_draw=totals["log_q_draw"],
+        antithetic=totals["antithetic"],
         bound_scale=plates.subsample_scale * common_scale * jnp.ones(plates.sizes),
         mutable_state=mutable_state_of(guide_trace) | mutable_state_of(model_trace),
         largest=largest,
@@ -134,9 +138,12 @@ def _pair(first: Particles, partner: Particles) -> Particles:
     def both(one: Array, other: Array) -> Array:
         return jnp.stack([one, other])
 
-    parts = {part: both(getattr(first, part), getattr(partner, part)) for part in _PARTS}
     return first._replace(
-        **parts,
+        log_p=both(first.log_p, partner.log_p),
+        log_q_score=both(first.log_q_score, partner.log_q_score),
+        log_q_path=both(first.log_q_path, partner.log_q_path),
+        log_q_draw=both(first.log_q_draw, partner.log_q_draw),
+        antithetic=both(first.antithetic, partner.antithetic),
         bound_scale=both(first.bound_scale, partner.bound_scale) / 2,
         largest={site: both(one, partner.largest[site]) for site, one in first.largest.items()},
     )

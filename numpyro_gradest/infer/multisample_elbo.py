@@ -330,15 +330,15 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
 def _surrogate(particles: Particles, coefficients: Coefficients) -> Float[Array, ""]:
     weights, signal, path_weights, path_signal, model_weights, antithetic_signal = coefficients
     log_p, nothing = particles.log_p, jnp.zeros_like(particles.log_p)
-    surrogate = 0.0
+    surrogate = nothing.sum()
     if model_weights is not None:
         surrogate += _total(log_p, nothing, nothing, model_weights, nothing)
         log_p = nothing
     surrogate += _total(log_p, particles.log_q_path, particles.log_q_score, weights, signal)
     if antithetic_signal is not None:
         surrogate += _total(nothing, nothing, particles.antithetic, nothing, antithetic_signal)
-    if particles.along_path is not None:
-        path = particles.along_path
+    path = particles.along_path
+    if not (path is None or path_weights is None or path_signal is None):
         log_q_path = path.log_q_path + path.log_q_draw
         surrogate += _total(path.log_p, log_q_path, path.log_q_score, path_weights, path_signal)
     return surrogate

@@ -150,7 +150,8 @@ def read_particles(
 
 def _pair(first: Particles, partner: Particles) -> Particles:
     """The two draws of a pair along one more axis of the batch, in front; each counts half."""
-    *parts, largest, paths = zip(first, partner, strict=True)
+    runs = [first, partner]
+    *parts, largest, paths = zip(*runs, strict=True)
     *tensors, bound_scale = (torch.stack(part, dim=1) for part in parts)
     joined = {site: torch.cat([one, largest[1][site]]) for site, one in largest[0].items()}
     return Particles._make([*tensors, bound_scale / 2, joined, sum(paths, ())])

@@ -60,7 +60,7 @@ class Coefficients(NamedTuple):
     """a once more, at antithetic pairs."""
 
     def map(self, function: Callable[[Tensor], Any]) -> "Coefficients":
-        return Coefficients(*(None if one is None else function(one) for one in self))
+        return Coefficients._make(None if one is None else function(one) for one in self)
 
 
 class MultiSampleELBO(ELBO):
@@ -481,7 +481,7 @@ def _surrogate(particles: Particles, coefficients: Coefficients) -> Tensor:
     surrogate = surrogate + _total(own_log_p, log_q_path, log_q_score, weights, signal)
     if antithetic_signal is not None:
         surrogate = surrogate + _total(nothing, nothing, antithetic, nothing, antithetic_signal)
-    if path_weights is not None:
+    if not (path_weights is None or path_signal is None):
         along_path = _total(log_p, log_q_path + log_q_draw, log_q_score, path_weights, path_signal)
         surrogate = surrogate + through_cuts(along_path, particles.paths)
     return surrogate

@@ -153,8 +153,10 @@ def disarm_learning_signal(
     shift = jnp.maximum(first, partner).max(axis=0)
     shift = jnp.where(jnp.isneginf(shift), 0.0, shift)
     first, partner = first - shift, partner - shift
-    credits = (_credit(leave_one_out(others), first, partner) for others in (first, partner))
-    return sum(credits) / 4
+    given_first, given_partner = (
+        _credit(leave_one_out(others), first, partner) for others in (first, partner)
+    )
+    return (given_first + given_partner) / 4
 
 
 def _credit(
