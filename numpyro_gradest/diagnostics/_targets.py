@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-_BOUNDS = ("IWAE", "VIMCO", "OVIS", "NVIL", "RLOO")
+_BOUNDS = ("IWAE", "VIMCO", "OVIS", "NVIL", "RLOO", "DisARM")
 _numpyro_ELBOS = ("Trace_ELBO", "TraceGraph_ELBO", "TraceMeanField_ELBO", "TraceEnum_ELBO")
 
 
@@ -30,11 +30,20 @@ def target_of(loss: Any) -> Target:
 def bound_of(loss: Any) -> Target | None:
     """The bound whose gradient a loss is meant to have, biased or not."""
     name = type(loss).__name__
+    if _is_mixture(loss):
+        return None
     if name in _numpyro_ELBOS:
         return _bound(1, 0.0)
     if name in _BOUNDS or name == "RenyiELBO":
-        return _bound(loss.num_particles, float(loss.alpha))
+        alpha = 1.0 if getattr(loss, "elbo_weight", 0.0) == 1 else float(loss.alpha)
+        return _bound(loss.num_particles, alpha)
     return None
+
+
+def _is_mixture(loss: Any) -> bool:
+    """Whether it mixes two bounds, or has one for the model and another for the guide."""
+    is_pooled = getattr(loss, "pool_replicates", False) and loss.num_replicates > 1
+    return is_pooled or 0 < getattr(loss, "elbo_weight", 0.0) < 1
 
 
 def _bound(num_particles: int, alpha: float) -> Target:
@@ -45,6 +54,12 @@ def _bound(num_particles: int, alpha: float) -> Target:
 
 
 def _other(loss: Any, name: str) -> str:
+    if _is_mixture(loss):
+        words = _bound(loss.num_particles, float(loss.alpha)).words
+        if loss.pool_replicates:
+            words += f" (the model's over {loss.num_replicates} times as many)"
+        weight = loss.elbo_weight
+        return f"{words} and ELBO, {1 - weight:g} to {weight:g}" if weight else words
     if name == "ReweightedWakeSleep":
         return f"wake-sleep with {loss.num_particles} particles"
     if name == "TVO":

@@ -51,7 +51,7 @@ def implicit_parents(
         return [_unwrapped(trace[name]["fn"]).value for name in implicit]
 
     draws = {name: site["value"] for name, site in sites.items()}
-    needed = _inputs_by_output(jax.make_jaxpr(implicit_values)(draws).jaxpr)
+    needed = inputs_by_output(jax.make_jaxpr(implicit_values)(draws).jaxpr)
     names = sorted(draws)  # as a dict is flattened
     parents = {
         name: tuple(names[i] for i in sorted(inputs))
@@ -62,7 +62,7 @@ def implicit_parents(
     return parents
 
 
-def _inputs_by_output(jaxpr: Any) -> list[set[int]]:
+def inputs_by_output(jaxpr: Any) -> list[set[int]]:
     """For each output of a jaxpr the inputs that it may depend on."""
     inputs: dict[Any, set[int]] = {var: {i} for i, var in enumerate(jaxpr.invars)}
 
@@ -72,7 +72,7 @@ def _inputs_by_output(jaxpr: Any) -> list[set[int]]:
     for equation in jaxpr.eqns:
         given = [of(var) for var in equation.invars]
         if equation.primitive.name in ("jit", "pjit"):
-            inner = _inputs_by_output(equation.params["jaxpr"].jaxpr)
+            inner = inputs_by_output(equation.params["jaxpr"].jaxpr)
             needed = [set().union(*(given[i] for i in indices)) for indices in inner]
         else:
             needed = [set().union(*given)] * len(equation.outvars)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from numpyro_gradest.infer._antithetic import antithetic_term, trace_pair
 from numpyro_gradest.infer._plates import (
     CommonPlates,
     check_plate_shape,
@@ -20,6 +21,7 @@ from numpyro_gradest.infer._plates import (
     to_batch,
 )
 from numpyro_gradest.infer._sites import (
+    TOLD_APART,
     Site,
     Trace,
     is_path_draw,
@@ -38,7 +40,7 @@ from numpyro_gradest.infer._trace import (
 
 Scale = float | Array
 
-_PARTS = ("log_p", "log_q_path", "log_q_score", "log_q_draw")
+_PARTS = ("log_p", "log_q_path", "log_q_score", "log_q_draw", "antithetic")
 _DRAWN = ("log_q_score", "log_q_draw")
 """Parts that hold the density of a draw, which happens whatever its scale and mask."""
 
@@ -57,6 +59,9 @@ class Particles(NamedTuple):
     log_q_draw: Float[Array, " *batch"]
     """Under ``"dreg"`` and ``"stl"``: log-density of the reparameterised draws, taken out of
     ``log_q_path``, which keeps what scale and mask add. Zeros otherwise."""
+    antithetic: Float[Array, " *batch"]
+    """At antithetic pairs: a sum over their sites, whose gradient takes the place of that of
+    ``log_q_score`` beside the learning signal. Zeros otherwise."""
     bound_scale: Float[Array, " *batch"]
     """What multiplies the bound: N/B of subsampled plates, and a scale common to all sites."""
     mutable_state: dict[str, Any]
@@ -77,7 +82,9 @@ class Particles(NamedTuple):
 
 def run_particle(program: Program, key: Array) -> Particles:
     """Run the guide, then the model at the guide's values, and read their log-probabilities."""
-    if program.reparam not in ("dreg", "stl"):
+    if program.is_antithetic:
+        return _pair(*(read_particle(program, *traces) for traces in trace_pair(program, key)))
+    if program.reparam not in TOLD_APART:
         return read_particle(program, *trace_particle(program, key))
     explicit, along_path = trace_particle_twice(program, key)
     particle = read_particle(program, *explicit)
@@ -110,14 +117,35 @@ def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> P
             totals["log_q_path"] += total - density
             total = density
         totals[term.part] += total
+        if "partner" in term.site:
+            antithetic = to_batch(antithetic_term(term.site), term.dims, plates)
+            totals["antithetic"] += jnp.where(is_active, antithetic, 0.0)
     return Particles(
         log_p=totals["log_p"],
         log_q_score=totals["log_q_score"],
         log_q_path=totals["log_q_path"],
         log_q_draw=totals["log_q_draw"],
+        antithetic=totals["antithetic"],
         bound_scale=plates.subsample_scale * common_scale * jnp.ones(plates.sizes),
         mutable_state=mutable_state_of(guide_trace) | mutable_state_of(model_trace),
         largest=largest,
+    )
+
+
+def _pair(first: Particles, partner: Particles) -> Particles:
+    """The two draws of a pair along one more axis of the batch, in front; each counts half."""
+
+    def both(one: Array, other: Array) -> Array:
+        return jnp.stack([one, other])
+
+    return first._replace(
+        log_p=both(first.log_p, partner.log_p),
+        log_q_score=both(first.log_q_score, partner.log_q_score),
+        log_q_path=both(first.log_q_path, partner.log_q_path),
+        log_q_draw=both(first.log_q_draw, partner.log_q_draw),
+        antithetic=both(first.antithetic, partner.antithetic),
+        bound_scale=both(first.bound_scale, partner.bound_scale) / 2,
+        largest={site: both(one, partner.largest[site]) for site, one in first.largest.items()},
     )
 
 
@@ -138,7 +166,8 @@ class _Term(NamedTuple):
 def _part_of(site: Site, reparam: str) -> str:
     if is_score_site(site, reparam):
         return "log_q_score"
-    return "log_q_draw" if is_path_draw(site, reparam) else "log_q_path"
+    is_apart = reparam != "split" and is_path_draw(site, reparam)
+    return "log_q_draw" if is_apart else "log_q_path"
 
 
 def _read_site(part: str, name: str, site: Site, plates: CommonPlates) -> _Term:

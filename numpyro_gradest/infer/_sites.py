@@ -8,6 +8,8 @@ from numpyro import distributions as dist
 
 Site = dict[str, Any]
 Trace = dict[str, Site]
+TOLD_APART = ("dreg", "stl", "split")
+"""Where the gradient along the path through draws is told from all others."""
 _WRAPPERS = (
     dist.ExpandedDistribution,
     dist.Independent,
@@ -28,9 +30,9 @@ def is_score_site(site: Site, reparam: str) -> bool:
 
 
 def is_path_draw(site: Site, reparam: str) -> bool:
-    """Whether the site is a draw whose gradient has to be told from that of its density."""
+    """Whether the site is a draw whose gradient has to be told from that of densities."""
     is_draw = not (site["is_observed"] or is_deterministic(site))
-    return reparam in ("dreg", "stl") and is_draw and not is_score_site(site, reparam)
+    return reparam in TOLD_APART and is_draw and not is_score_site(site, reparam)
 
 
 def is_auxiliary(site: Site) -> bool:

@@ -32,11 +32,14 @@ class Program(NamedTuple):
     kwargs: dict[str, Any]
     reparam: str
     """``"pathwise"``; ``"score"`` to take the score function at every random guide site;
-    ``"dreg"`` or ``"stl"`` to tell the gradient of reparameterised draws from all others."""
+    ``"dreg"`` or ``"stl"`` to tell the gradient of reparameterised draws from all others;
+    ``"split"`` to tell it from that of the model alone."""
     is_weighted: bool
     """Whether particles are weighed against each other, so that log-weights must be whole."""
     takes_implicit: bool = False
     """Whether implicit sites are dealt with; else they raise, as they have no density."""
+    is_antithetic: bool = False
+    """Whether a particle is an antithetic pair."""
     plate_key: Array | None = None
     """What every plate's subsample is drawn from, so that all particles see the same data."""
 
@@ -86,7 +89,8 @@ def trace_particle_twice(
         for name, site in samples(drawn)
         if not (site["is_observed"] or is_deterministic(site))
     }
-    if not any(is_path_draw(drawn[name], program.reparam) for name in draws):
+    has_path = any(is_path_draw(drawn[name], program.reparam) for name in draws)
+    if program.reparam != "split" and not has_path:
         raise ValueError(
             f'reparam="{program.reparam}" is about guide sites with a reparameterised sampler, but '
             f"the guide has none (it samples {sorted(_drawn(drawn)) or 'nothing'}). Use the "

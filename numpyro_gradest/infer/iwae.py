@@ -4,6 +4,7 @@ Notation: v self-normalised weights, L the K-sample bound, h_k the gradient of l
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from jaxtyping import Array, Float
 
@@ -33,7 +34,11 @@ class IWAE(MultiSampleELBO):
             every random site.
         alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
             (the ELBO, averaged over the particles).
-        num_replicates: Number of independent K-particle bounds to average.
+        num_replicates: Number of independent K-particle bounds to average: MIWAE.
+        elbo_weight: Between 0 and 1: how much the ELBO counts beside the bound: CIWAE.
+        pool_replicates: Whether the model climbs the one bound over the particles of all
+            replicates, which is then the loss, while the guide climbs their average: PIWAE. A point
+            mass in the guide counts as the model's.
         chunk_size: Run particles in chunks of this size: memory does not grow with
             ``num_particles``, at two forward passes instead of one.
         vectorize_particles: As in the host: ``True`` (``vmap``), ``False`` (``lax.map``) or a
@@ -47,7 +52,9 @@ class IWAE(MultiSampleELBO):
     Bias and variance:
         Unbiased for the gradient of the K-sample bound, of any order alpha. The signal-to-noise
         ratio of the pathwise guide gradient falls as 1/sqrt(K); that of ``reparam="dreg"`` does
-        not. Biased by design with ``reparam="stl"`` and K > 1.
+        not. Biased by design with ``reparam="stl"`` and K > 1. Under ``elbo_weight`` unbiased for
+        the gradient of the mixture; under ``pool_replicates`` unbiased for the model's gradient of
+        its bound, and for the guide's of its own, which is looser.
 
 
     Cost:
@@ -76,7 +83,9 @@ class IWAE(MultiSampleELBO):
 
     References:
         Burda, Grosse and Salakhutdinov, `Importance Weighted Autoencoders
-        <https://arxiv.org/abs/1509.00519>`_, 2016, equations 8 and 14.
+        <https://arxiv.org/abs/1509.00519>`_, 2016, equations 8 and 14. Rainforth, Kosiorek, Le,
+        Maddison, Igl, Wood and Teh, `Tighter Variational Bounds are Not Necessarily Better
+        <https://arxiv.org/abs/1802.04537>`_, 2018, section 5, for MIWAE, CIWAE and PIWAE.
     """
 
     def __init__(
@@ -86,6 +95,8 @@ class IWAE(MultiSampleELBO):
         reparam: str = "pathwise",
         alpha: float = 0.0,
         num_replicates: int = 1,
+        elbo_weight: float = 0.0,
+        pool_replicates: bool = False,
         chunk_size: int | None = None,
         vectorize_particles: bool | Callable = True,
     ) -> None:
@@ -94,6 +105,8 @@ class IWAE(MultiSampleELBO):
             reparam=reparam,
             alpha=alpha,
             num_replicates=num_replicates,
+            elbo_weight=elbo_weight,
+            pool_replicates=pool_replicates,
             chunk_size=chunk_size,
             vectorize_particles=vectorize_particles,
         )
@@ -104,4 +117,4 @@ class IWAE(MultiSampleELBO):
         log_weights: Float[Array, " K *batch"],
         auxiliary_log_weights: Float[Array, " S *batch"] | None,
     ) -> Float[Array, " K *batch"]:
-        return renyi_learning_signal(log_weights, alpha=self.alpha, control_variate="none")
+        return self._mixed(partial(renyi_learning_signal, log_weights, control_variate="none"))

@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,31 @@ from numpyro_gradest.estimators import (
 )
 from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.infer._particles import Particles, refuse_log_weights, run_particle
+from numpyro_gradest.infer._sites import TOLD_APART
 from numpyro_gradest.infer._trace import Program
 
 SAMPLE_SIZE = "_effective_sample_size"
 """State under which a loss leaves the effective sample size of a step, for who puts it there."""
+
+
+class Coefficients(NamedTuple):
+    """What multiplies the log-probabilities of the particles; all are ``[K, replicates, *batch]``.
+
+    What is ``None`` does not differ from what comes before it, or is of no use.
+    """
+
+    weights: Array
+    """b, of log p and, subtracted, of the log q of reparameterised sites."""
+    learning_signal: Array
+    """a, of the log q of score-function sites."""
+    path_weights: Array | None = None
+    """As ``weights``, along the path through the reparameterised draws."""
+    path_signal: Array | None = None
+    """As ``learning_signal``, along that path."""
+    model_weights: Array | None = None
+    """As ``weights``, of log p other than along that path."""
+    antithetic_signal: Array | None = None
+    """a once more, at antithetic pairs."""
 
 
 class MultiSampleELBO(ELBO, ABC):
@@ -49,7 +70,11 @@ class MultiSampleELBO(ELBO, ABC):
             every random site.
         alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
             (the ELBO, averaged over the particles).
-        num_replicates: Number of independent K-particle bounds that are averaged.
+        num_replicates: Number of independent K-particle bounds that are averaged: MIWAE.
+        elbo_weight: Between 0 and 1: how much the ELBO counts beside the bound: CIWAE.
+        pool_replicates: Whether the model climbs the one bound over the particles of all
+            replicates, which is then the loss, while the guide climbs their average: PIWAE. A point
+            mass in the guide counts as the model's.
         chunk_size: Run the particles in chunks of this size, so that memory does not grow with
             ``num_particles``; the random numbers are the same, and so is, to rounding, the
             gradient. Model and guide run twice instead of once.
@@ -66,6 +91,8 @@ class MultiSampleELBO(ELBO, ABC):
     _least_particles = 1
     _reparams: tuple[str, ...] = ("pathwise", "dreg", "stl", "score")
     num_auxiliary = 0
+    # DisARM alone has a particle be two draws; a second axis of the batch tells them apart.
+    _is_antithetic = False
 
     def __init__(
         self,
@@ -74,6 +101,8 @@ class MultiSampleELBO(ELBO, ABC):
         reparam: str = "pathwise",
         alpha: float = 0.0,
         num_replicates: int = 1,
+        elbo_weight: float = 0.0,
+        pool_replicates: bool = False,
         chunk_size: int | None = None,
         vectorize_particles: bool | Callable = True,
     ) -> None:
@@ -95,6 +124,11 @@ class MultiSampleELBO(ELBO, ABC):
                 "the ELBO, and beyond them the estimate is no lower bound or has no finite "
                 "variance."
             )
+        if not 0 <= elbo_weight <= 1:
+            raise ValueError(
+                f"{name} needs 0 <= elbo_weight <= 1, got {elbo_weight}: 0 is the bound over "
+                "particles, 1 the ELBO."
+            )
         if reparam not in self._reparams:
             choices = " or ".join(f'"{choice}"' for choice in self._reparams)
             raise ValueError(f"{name} needs reparam={choices}, got {reparam!r}.")
@@ -107,6 +141,8 @@ class MultiSampleELBO(ELBO, ABC):
         self.reparam = reparam
         self.alpha = alpha
         self.num_replicates = num_replicates
+        self.elbo_weight = elbo_weight
+        self.pool_replicates = pool_replicates
         self.chunk_size = chunk_size
 
     @abstractmethod
@@ -120,30 +156,59 @@ class MultiSampleELBO(ELBO, ABC):
 
     def _bound(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " *batch"]:
         """What the negative loss is, for each element of the common plates."""
-        return renyi_bound(log_weights, alpha=self.alpha)
+        if self.pool_replicates:
+            replicates = log_weights.shape[1:]
+            log_weights = log_weights.reshape(-1, *replicates[1:])
+            return jnp.broadcast_to(self._mixed(partial(renyi_bound, log_weights)), replicates)
+        return self._mixed(partial(renyi_bound, log_weights))
 
     def _weights(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
         """b, the coefficient of grad log p."""
-        return renyi_weights(log_weights, alpha=self.alpha)
+        return self._mixed(partial(renyi_weights, log_weights))
 
     def _path_weights(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
         """Under ``"dreg"``: coefficient of the log-weights along the path through the draws."""
-        return dreg_weights(log_weights, alpha=self.alpha)
+        return self._mixed(partial(dreg_weights, log_weights))
+
+    def _mixed(self, of_order: Callable[..., Array]) -> Array:
+        """What ``of_order`` is at the order alpha, and for the ELBO, by their weights."""
+        if self.elbo_weight == 0:
+            return of_order(alpha=self.alpha)
+        of_elbo = of_order(alpha=1.0)
+        if self.elbo_weight == 1:
+            return of_elbo
+        return (1 - self.elbo_weight) * of_order(alpha=self.alpha) + self.elbo_weight * of_elbo
 
     def _coefficients(
         self,
         program: Program,
         log_weights: Float[Array, " K *batch"],
         auxiliary_log_weights: Float[Array, " S *batch"] | None,
-    ) -> tuple[Float[Array, " K *batch"], ...]:
-        """b and a; and then, if those along the path through the draws differ, these."""
+    ) -> Coefficients:
         weights = self._weights(log_weights)
         signal = self._learning_signal(program, log_weights, auxiliary_log_weights)
+        coefficients = Coefficients(weights, signal)
         if self.reparam == "dreg":
             path_weights = self._path_weights(log_weights)
             # The path moves the weights, those of the score-function sites included.
-            return weights, signal, path_weights, signal - path_weights
-        return (weights, signal, weights, signal) if self.reparam == "stl" else (weights, signal)
+            coefficients = Coefficients(weights, signal, path_weights, signal - path_weights)
+        elif self._reparam_of_program in TOLD_APART:
+            coefficients = Coefficients(weights, signal, weights, signal)
+        if self.pool_replicates:
+            of_all = self._weights(log_weights.reshape(-1, *log_weights.shape[2:]))
+            model_weights = self.num_replicates * of_all.reshape(log_weights.shape)
+            coefficients = coefficients._replace(model_weights=model_weights)
+        return coefficients
+
+    @property
+    def _reparam_of_program(self) -> str:
+        is_split = self.pool_replicates and self.reparam == "pathwise"
+        return "split" if is_split else self.reparam
+
+    @property
+    def _is_weighted(self) -> bool:
+        num_pooled = self.num_replicates if self.pool_replicates else 1
+        return self.num_particles * num_pooled > 1 and self.alpha != 1 and self.elbo_weight != 1
 
     def _further_surrogate(
         self, program: Program, log_weights: Float[Array, " K *batch"], key: Array
@@ -193,8 +258,9 @@ class MultiSampleELBO(ELBO, ABC):
             param_map,
             args,
             kwargs,
-            self.reparam,
-            is_weighted=self.num_particles > 1 and self.alpha != 1,
+            self._reparam_of_program,
+            is_weighted=self._is_weighted,
+            is_antithetic=self._is_antithetic,
         )
         program = program.with_plate_key(plate_key)
 
@@ -210,20 +276,21 @@ class MultiSampleELBO(ELBO, ABC):
             auxiliary = self._by_replicate(auxiliary_particles.log_weights)
 
         scale = particles.bound_scale / self.num_replicates
-        coefficients = [
-            scale * one.reshape(scale.shape)
-            for one in self._coefficients(program, log_weights, auxiliary)
-        ]
+        coefficients = jax.tree.map(
+            lambda one: scale * one.reshape(scale.shape),
+            self._coefficients(program, log_weights, auxiliary),
+        )
         if self.chunk_size:
             # Only keys and coefficients are kept: the backward pass runs each chunk again.
             @jax.checkpoint
-            def rerun(key: Array, *coefficients: Array) -> Array:
-                return _surrogate(self._run(program, key[None]), *(c[None] for c in coefficients))
+            def rerun(key: Array, coefficients: Coefficients) -> Array:
+                of_one = jax.tree.map(lambda one: one[None], coefficients)
+                return _surrogate(self._run(program, key[None]), of_one)
 
-            chunks = (keys, *coefficients)
+            chunks = (keys, coefficients)
             surrogate = jax.lax.map(lambda xs: rerun(*xs), chunks, batch_size=self.chunk_size).sum()
         else:
-            surrogate = _surrogate(particles, *coefficients)
+            surrogate = _surrogate(particles, coefficients)
         surrogate += self._further_surrogate(program, log_weights, guide_key)
 
         bound = jnp.sum(scale[0] * self._bound(log_weights).sum(axis=0))
@@ -261,28 +328,29 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return jnp.zeros_like(primals[0]), tangents[0]
 
 
-def _surrogate(
-    particles: Particles, weights: Array, learning_signal: Array, *path: Array
+def _surrogate(particles: Particles, coefficients: Coefficients) -> Float[Array, ""]:
+    weights, signal, path_weights, path_signal, model_weights, antithetic_signal = coefficients
+    log_p, nothing = particles.log_p, jnp.zeros_like(particles.log_p)
+    surrogate = nothing.sum()
+    if model_weights is not None:
+        surrogate += _total(log_p, nothing, nothing, model_weights, nothing)
+        log_p = nothing
+    surrogate += _total(log_p, particles.log_q_path, particles.log_q_score, weights, signal)
+    if antithetic_signal is not None:
+        surrogate += _total(nothing, nothing, particles.antithetic, nothing, antithetic_signal)
+    path = particles.along_path
+    if not (path is None or path_weights is None or path_signal is None):
+        log_q_path = path.log_q_path + path.log_q_draw
+        surrogate += _total(path.log_p, log_q_path, path.log_q_score, path_weights, path_signal)
+    return surrogate
+
+
+def _total(
+    log_p: Array, log_q_path: Array, log_q_score: Array, weights: Array, signal: Array
 ) -> Float[Array, ""]:
-    surrogate = linear_surrogate(
-        particles.log_p,
-        particles.log_q_path,
-        particles.log_q_score,
-        weights=weights,
-        learning_signal=learning_signal,
+    return linear_surrogate(
+        log_p, log_q_path, log_q_score, weights=weights, learning_signal=signal
     ).sum()
-    if particles.along_path is None:
-        return surrogate
-    path_weights, path_signal = path
-    log_p, log_q_score, log_q_path, log_q_draw, *_ = particles.along_path
-    along_path = linear_surrogate(
-        log_p,
-        log_q_path + log_q_draw,
-        log_q_score,
-        weights=path_weights,
-        learning_signal=path_signal,
-    )
-    return surrogate + along_path.sum()
 
 
 def _warn_of_no_weight(bound: Float[Array, ""]) -> None:

@@ -5,6 +5,7 @@ S = num_auxiliary.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from jaxtyping import Array, Float
 
@@ -44,7 +45,11 @@ class OVIS(MultiSampleELBO):
             every random site.
         alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
             (the ELBO, averaged over the particles).
-        num_replicates: Number of independent K-particle bounds to average.
+        num_replicates: Number of independent K-particle bounds to average: MIWAE.
+        elbo_weight: Between 0 and 1: how much the ELBO counts beside the bound: CIWAE.
+        pool_replicates: Whether the model climbs the one bound over the particles of all
+            replicates, which is then the loss, while the guide climbs their average: PIWAE. A point
+            mass in the guide counts as the model's.
         chunk_size: Run particles in chunks of this size: memory does not grow with
             ``num_particles``, at two forward passes instead of one.
         vectorize_particles: As in the host: ``True`` (``vmap``), ``False`` (``lax.map``) or a
@@ -53,8 +58,8 @@ class OVIS(MultiSampleELBO):
     Raises:
         TypeError: If a count is not an integer, or an option is unknown.
         ValueError: If ``num_particles < 2``, ``gamma`` is not in [0, 1], or ``gamma``
-            is combined with ``num_auxiliary`` or ``alpha``; at the first evaluation, if model and
-            guide do not match.
+            is combined with ``num_auxiliary``, ``alpha`` or ``elbo_weight``; at the first
+            evaluation, if model and guide do not match.
 
     Bias and variance:
         Unbiased for the gradient of the K-sample bound, of any order alpha, if ``gamma=0``, with a
@@ -106,6 +111,8 @@ class OVIS(MultiSampleELBO):
         reparam: str = "pathwise",
         alpha: float = 0.0,
         num_replicates: int = 1,
+        elbo_weight: float = 0.0,
+        pool_replicates: bool = False,
         chunk_size: int | None = None,
         vectorize_particles: bool | Callable = True,
     ) -> None:
@@ -114,6 +121,8 @@ class OVIS(MultiSampleELBO):
             reparam=reparam,
             alpha=alpha,
             num_replicates=num_replicates,
+            elbo_weight=elbo_weight,
+            pool_replicates=pool_replicates,
             chunk_size=chunk_size,
             vectorize_particles=vectorize_particles,
         )
@@ -127,11 +136,12 @@ class OVIS(MultiSampleELBO):
                 "asymptotic control variate, auxiliary draws to the Monte Carlo one. Set one of "
                 "them to 0."
             )
-        if alpha and gamma:
-            raise ValueError(
-                f"OVIS got alpha={alpha} with gamma={gamma}: the wake-phi term is known for the "
-                "importance-weighted bound only. Leave gamma at 0, or use alpha=0."
-            )
+        for option, value in (("alpha", alpha), ("elbo_weight", elbo_weight)):
+            if value and gamma:
+                raise ValueError(
+                    f"OVIS got {option}={value} with gamma={gamma}: the wake-phi term is known for "
+                    f"the importance-weighted bound only. Leave gamma at 0, or use {option}=0."
+                )
         self.num_auxiliary = num_auxiliary
         self.gamma = gamma
 
@@ -142,7 +152,7 @@ class OVIS(MultiSampleELBO):
         auxiliary_log_weights: Float[Array, " S *batch"] | None,
     ) -> Float[Array, " K *batch"]:
         if auxiliary_log_weights is not None:
-            return ovis_mc_learning_signal(log_weights, auxiliary_log_weights, alpha=self.alpha)
-        if self.alpha:
-            return renyi_learning_signal(log_weights, alpha=self.alpha)
-        return ovis_gamma_learning_signal(log_weights, gamma=self.gamma)
+            return self._mixed(partial(ovis_mc_learning_signal, log_weights, auxiliary_log_weights))
+        if self.gamma:
+            return ovis_gamma_learning_signal(log_weights, gamma=self.gamma)
+        return self._mixed(partial(renyi_learning_signal, log_weights))

@@ -16,8 +16,9 @@ from pyro_gradest.diagnostics.gradient_report import EstimatorComparison, Gradie
 from pyro_gradest.estimators import effective_sample_size
 from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.infer._enumerated import NotEnumerableError, expected_bound
+from pyro_gradest.infer._random import replayed
 from pyro_gradest.infer.iwae import IWAE
-from pyro_gradest.infer.multisample_elbo import MultiSampleELBO, program_of, replayed
+from pyro_gradest.infer.multisample_elbo import MultiSampleELBO, program_of
 
 _ESS_DRAWS = 20
 

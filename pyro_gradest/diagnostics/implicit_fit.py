@@ -19,8 +19,9 @@ from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.estimators.score.stein_discrepancy import stein_kernel_matrix
 from pyro_gradest.infer._implicit import implicit_parents
 from pyro_gradest.infer._model_score import ScoredGroup, score_draws
+from pyro_gradest.infer._random import replayed
 from pyro_gradest.infer.implicit_elbo import ImplicitELBO, ScoreEstimator
-from pyro_gradest.infer.multisample_elbo import program_of, replayed
+from pyro_gradest.infer.multisample_elbo import program_of
 
 _LARGEST_MATRIX = 10**7
 """Entries of the kernel matrices that are formed at once."""

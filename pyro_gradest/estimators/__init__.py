@@ -26,6 +26,9 @@ from pyro_gradest.estimators.discrete import (
 )
 from pyro_gradest.estimators.multisample import (
     NVILState,
+    antithetic_probs,
+    antithetic_score,
+    disarm_learning_signal,
     dreg_weights,
     effective_sample_size,
     initial_nvil_state,
@@ -109,8 +112,11 @@ __all__ = [
     "StraightThrough",
     "SumOfGammaNoise",
     "Whitening",
+    "antithetic_probs",
+    "antithetic_score",
     "assignment",
     "calibrate_score",
+    "disarm_learning_signal",
     "dreg_weights",
     "effective_sample_size",
     "entropy_surrogate",

@@ -1,6 +1,7 @@
 """Layer 2: model and guide in, a loss for SVI out."""
 
 from pyro_gradest.infer.auto_implicit import AutoImplicit
+from pyro_gradest.infer.disarm import DisARM
 from pyro_gradest.infer.implicit_elbo import ImplicitELBO
 from pyro_gradest.infer.importance_samples import ImportanceSamples, importance_samples
 from pyro_gradest.infer.iwae import IWAE
@@ -21,6 +22,7 @@ __all__ = [
     "TVO",
     "VIMCO",
     "AutoImplicit",
+    "DisARM",
     "ImplicitELBO",
     "ImportanceSamples",
     "MultiSampleELBO",

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyro_gradest.infer._antithetic import antithetic_term, trace_pair
 from pyro_gradest.infer._graph import Cut
 from pyro_gradest.infer._plates import (
     PARTICLE_PLATE,
@@ -37,7 +38,7 @@ from pyro_gradest.infer._trace import Program, trace_particles
 Scale = float | Tensor
 Turn = tuple[int, ...]
 
-_PARTS = ("log_p", "log_q_score", "log_q_path", "log_q_draw")
+_PARTS = ("log_p", "log_q_score", "log_q_path", "log_q_draw", "antithetic")
 _DRAWN = ("log_q_score", "log_q_draw")
 """Parts that hold the density of a draw, which happens whatever its scale and mask."""
 
@@ -56,6 +57,9 @@ class Particles(NamedTuple):
     log_q_draw: Float[Tensor, " K *batch"]
     """Under ``"dreg"`` and ``"stl"``: log-density of the reparameterised draws, taken out of
     ``log_q_path``, which keeps what scale and mask add. Zeros otherwise."""
+    antithetic: Float[Tensor, " K *batch"]
+    """At antithetic pairs: a sum over their sites, whose gradient takes the place of that of
+    ``log_q_score`` beside the learning signal. Zeros otherwise."""
     bound_scale: Float[Tensor, " K *batch"]
     """What multiplies the bound: N/B of subsampled plates, and a scale common to all sites."""
     largest: dict[str, Float[Tensor, " runs"]]
@@ -72,9 +76,15 @@ class Particles(NamedTuple):
 def run_particles(program: Program, num_particles: int) -> Particles:
     """Run the guide, then the model at the guide's values, and read their log-probabilities."""
     if program.vectorize_particles and num_particles > 1:
-        return read_particles(program, *trace_particles(program, num_particles), num_particles)
-    runs = [read_particles(program, *trace_particles(program, 1), 1) for _ in range(num_particles)]
-    return concatenate(runs)
+        return _run(program, num_particles)
+    return concatenate([_run(program, 1) for _ in range(num_particles)])
+
+
+def _run(program: Program, num_particles: int) -> Particles:
+    if program.is_antithetic:
+        pair = trace_pair(program, num_particles)
+        return _pair(*(read_particles(program, *traces, num_particles) for traces in pair))
+    return read_particles(program, *trace_particles(program, num_particles), num_particles)
 
 
 def concatenate(runs: list[Particles]) -> Particles:
@@ -118,6 +128,11 @@ def read_particles(
             totals["log_q_path", term.turn].append(total - density)
             total = density
         totals[term.part, term.turn].append(total)
+        if "partner" in term.site:
+            antithetic = to_batch(antithetic_term(term.site), term.dims, plates)
+            if isinstance(is_active, Tensor):
+                antithetic = antithetic.masked_fill(~is_active, 0.0)
+            totals["antithetic", term.turn].append(antithetic)
 
     tensors = _stack_turns(totals, plates)
     if isinstance(common_scale, Tensor) and plates.sequential:
@@ -131,6 +146,15 @@ def read_particles(
         if "path_value" in site
     )
     return Particles._make([*tensors, largest, (path,)])
+
+
+def _pair(first: Particles, partner: Particles) -> Particles:
+    """The two draws of a pair along one more axis of the batch, in front; each counts half."""
+    runs = [first, partner]
+    *parts, largest, paths = zip(*runs, strict=True)
+    *tensors, bound_scale = (torch.stack(part, dim=1) for part in parts)
+    joined = {site: torch.cat([one, largest[1][site]]) for site, one in largest[0].items()}
+    return Particles._make([*tensors, bound_scale / 2, joined, sum(paths, ())])
 
 
 class _Term(NamedTuple):
@@ -151,7 +175,8 @@ class _Term(NamedTuple):
 def _part_of(site: Site, reparam: str) -> str:
     if is_score_site(site, reparam):
         return "log_q_score"
-    return "log_q_draw" if is_path_draw(site, reparam) else "log_q_path"
+    is_apart = reparam != "split" and is_path_draw(site, reparam)
+    return "log_q_draw" if is_apart else "log_q_path"
 
 
 def _read_site(part: str, name: str, site: Site, plates: CommonPlates) -> _Term:

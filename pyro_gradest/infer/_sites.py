@@ -8,6 +8,8 @@ from torch import Tensor
 
 Site = Any  # a message of the host's, whose type has all fields optional
 Trace = poutine.Trace
+TOLD_APART = ("dreg", "stl", "split")
+"""Where the gradient along the path through draws is told from all others."""
 
 
 def samples(trace: Trace) -> list[tuple[str, Site]]:
@@ -30,9 +32,9 @@ def is_score_site(site: Site, reparam: str) -> bool:
 
 
 def is_path_draw(site: Site, reparam: str) -> bool:
-    """Whether the site is a draw whose gradient has to be told from that of its density."""
+    """Whether the site is a draw whose gradient has to be told from that of densities."""
     is_draw = not (site["is_observed"] or is_deterministic(site["fn"]))
-    return reparam in ("dreg", "stl") and is_draw and not is_score_site(site, reparam)
+    return reparam in TOLD_APART and is_draw and not is_score_site(site, reparam)
 
 
 def is_auxiliary(site: Site) -> bool:

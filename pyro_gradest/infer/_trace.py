@@ -36,7 +36,8 @@ class Program(NamedTuple):
     kwargs: dict[str, Any]
     reparam: str
     """``"pathwise"``; ``"score"`` to take the score function at every random guide site;
-    ``"dreg"`` or ``"stl"`` to tell the gradient of reparameterised draws from all others."""
+    ``"dreg"`` or ``"stl"`` to tell the gradient of reparameterised draws from all others;
+    ``"split"`` to tell it from that of the model alone."""
     is_weighted: bool
     """Whether particles are weighed against each other, so that log-weights must be whole."""
     vectorize_particles: bool
@@ -45,6 +46,8 @@ class Program(NamedTuple):
     refuse_enumeration: bool
     subsamples: dict[str, Tensor]
     """Subsample indices by plate, drawn once so that all particles see the same data."""
+    is_antithetic: bool = False
+    """Whether a particle is an antithetic pair."""
     parents: Parents | None = None
     """What implicit sites are computed from; ``None`` where they are not dealt with."""
 

@@ -35,8 +35,9 @@ from pyro_gradest.infer._particles import (
     read_particles,
     refuse_log_weights,
 )
+from pyro_gradest.infer._random import replayed
 from pyro_gradest.infer._trace import Program, deepest_plate, trace_particles
-from pyro_gradest.infer.multisample_elbo import program_of, replayed
+from pyro_gradest.infer.multisample_elbo import program_of
 
 ScoreEstimator = Callable[[Float[Tensor, " *plates K D"]], Float[Tensor, " *plates K D"]]
 

@@ -7,7 +7,8 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,38 @@ from pyro_gradest.infer._particles import (
     refuse_log_weights,
     run_particles,
 )
+from pyro_gradest.infer._random import (
+    OtherRandomNumbersError,
+    is_rng_state,
+    replayed,
+    rng_state,
+    set_rng_state,
+)
+from pyro_gradest.infer._sites import TOLD_APART
 from pyro_gradest.infer._trace import Program, trace_particles
+
+
+class Coefficients(NamedTuple):
+    """What multiplies the log-probabilities of the particles; all are ``[K, replicates, *batch]``.
+
+    What is ``None`` does not differ from what comes before it, or is of no use.
+    """
+
+    weights: Tensor
+    """b, of log p and, subtracted, of the log q of reparameterised sites."""
+    learning_signal: Tensor
+    """a, of the log q of score-function sites."""
+    path_weights: Tensor | None = None
+    """As ``weights``, along the path through the reparameterised draws."""
+    path_signal: Tensor | None = None
+    """As ``learning_signal``, along that path."""
+    model_weights: Tensor | None = None
+    """As ``weights``, of log p other than along that path."""
+    antithetic_signal: Tensor | None = None
+    """a once more, at antithetic pairs."""
+
+    def map(self, function: Callable[[Tensor], Any]) -> "Coefficients":
+        return Coefficients._make(None if one is None else function(one) for one in self)
 
 
 class MultiSampleELBO(ELBO):
@@ -52,7 +84,11 @@ class MultiSampleELBO(ELBO):
             every random site.
         alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
             (the ELBO, averaged over the particles).
-        num_replicates: Number of independent K-particle bounds that are averaged.
+        num_replicates: Number of independent K-particle bounds that are averaged: MIWAE.
+        elbo_weight: Between 0 and 1: how much the ELBO counts beside the bound: CIWAE.
+        pool_replicates: Whether the model climbs the one bound over the particles of all
+            replicates, which is then the loss, while the guide climbs their average: PIWAE. A point
+            mass in the guide counts as the model's.
         chunk_size: Run the particles in chunks of this size, so that memory does not grow with
             ``num_particles``. Model and guide run twice instead of once, with the same random
             numbers. (With ``vectorize_particles=True`` these are not the numbers of
@@ -77,6 +113,8 @@ class MultiSampleELBO(ELBO):
     _least_particles = 1
     _reparams: tuple[str, ...] = ("pathwise", "dreg", "stl", "score")
     num_auxiliary = 0
+    # DisARM alone has a particle be two draws; a second axis of the batch tells them apart.
+    _is_antithetic = False
 
     def __init__(
         self,
@@ -85,6 +123,8 @@ class MultiSampleELBO(ELBO):
         reparam: str = "pathwise",
         alpha: float = 0.0,
         num_replicates: int = 1,
+        elbo_weight: float = 0.0,
+        pool_replicates: bool = False,
         chunk_size: int | None = None,
         max_plate_nesting: float = math.inf,
         max_iarange_nesting: float | None = None,
@@ -113,6 +153,11 @@ class MultiSampleELBO(ELBO):
                 "the ELBO, and beyond them the estimate is no lower bound or has no finite "
                 "variance."
             )
+        if not 0 <= elbo_weight <= 1:
+            raise ValueError(
+                f"{name} needs 0 <= elbo_weight <= 1, got {elbo_weight}: 0 is the bound over "
+                "particles, 1 the ELBO."
+            )
         if reparam not in self._reparams:
             choices = " or ".join(f'"{choice}"' for choice in self._reparams)
             raise ValueError(f"{name} needs reparam={choices}, got {reparam!r}.")
@@ -130,6 +175,8 @@ class MultiSampleELBO(ELBO):
         self.reparam = reparam
         self.alpha = alpha
         self.num_replicates = num_replicates
+        self.elbo_weight = elbo_weight
+        self.pool_replicates = pool_replicates
         self.chunk_size = chunk_size
 
     @abstractmethod
@@ -143,30 +190,59 @@ class MultiSampleELBO(ELBO):
 
     def _bound(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " *batch"]:
         """What the negative loss is, for each element of the common plates."""
-        return renyi_bound(log_weights, alpha=self.alpha)
+        if self.pool_replicates:
+            replicates = log_weights.shape[1:]
+            log_weights = log_weights.reshape(-1, *replicates[1:])
+            return self._mixed(partial(renyi_bound, log_weights)).expand(replicates)
+        return self._mixed(partial(renyi_bound, log_weights))
 
     def _weights(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " K *batch"]:
         """b, the coefficient of grad log p."""
-        return renyi_weights(log_weights, alpha=self.alpha)
+        return self._mixed(partial(renyi_weights, log_weights))
 
     def _path_weights(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " K *batch"]:
         """Under ``"dreg"``: coefficient of the log-weights along the path through the draws."""
-        return dreg_weights(log_weights, alpha=self.alpha)
+        return self._mixed(partial(dreg_weights, log_weights))
+
+    def _mixed(self, of_order: Callable[..., Tensor]) -> Tensor:
+        """What ``of_order`` is at the order alpha, and for the ELBO, by their weights."""
+        if self.elbo_weight == 0:
+            return of_order(alpha=self.alpha)
+        of_elbo = of_order(alpha=1.0)
+        if self.elbo_weight == 1:
+            return of_elbo
+        return (1 - self.elbo_weight) * of_order(alpha=self.alpha) + self.elbo_weight * of_elbo
 
     def _coefficients(
         self,
         program: Program,
         log_weights: Float[Tensor, " K *batch"],
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
-    ) -> tuple[Float[Tensor, " K *batch"], ...]:
-        """b and a; and then, if those along the path through the draws differ, these."""
+    ) -> Coefficients:
         weights = self._weights(log_weights)
         signal = self._learning_signal(program, log_weights, auxiliary_log_weights)
+        coefficients = Coefficients(weights, signal)
         if self.reparam == "dreg":
             path_weights = self._path_weights(log_weights)
             # The path moves the weights, those of the score-function sites included.
-            return weights, signal, path_weights, signal - path_weights
-        return (weights, signal, weights, signal) if self.reparam == "stl" else (weights, signal)
+            coefficients = Coefficients(weights, signal, path_weights, signal - path_weights)
+        elif self._reparam_of_program in TOLD_APART:
+            coefficients = Coefficients(weights, signal, weights, signal)
+        if self.pool_replicates:
+            of_all = self._weights(log_weights.reshape(-1, *log_weights.shape[2:]))
+            model_weights = self.num_replicates * of_all.reshape(log_weights.shape)
+            coefficients = coefficients._replace(model_weights=model_weights)
+        return coefficients
+
+    @property
+    def _reparam_of_program(self) -> str:
+        is_split = self.pool_replicates and self.reparam == "pathwise"
+        return "split" if is_split else self.reparam
+
+    @property
+    def _is_weighted(self) -> bool:
+        num_pooled = self.num_replicates if self.pool_replicates else 1
+        return self.num_particles * num_pooled > 1 and self.alpha != 1 and self.elbo_weight != 1
 
     def _further_surrogate(
         self, program: Program, log_weights: Float[Tensor, " K *batch"]
@@ -190,8 +266,9 @@ class MultiSampleELBO(ELBO):
             ValueError: As :meth:`loss_and_grads`.
         """
         with torch.no_grad():
-            particles = self._weigh(
-                program_of(self, model, guide, args, kwargs), self._num_runs, []
+            particles = _repeated_if_need_be(
+                lambda program: self._weigh(program, self._num_runs, []),
+                program_of(self, model, guide, args, kwargs),
             )
             loss = -self._total_bound(particles).item()
         _check_loss(loss, particles)
@@ -252,13 +329,7 @@ class MultiSampleELBO(ELBO):
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict
     ) -> tuple[Float[Tensor, ""], float, Float[Tensor, " K replicates *batch"]]:
         program = program_of(self, model, guide, args, kwargs)
-        start = _rng_state()
-        try:
-            loss, *runs = self._estimate(program)
-        except _OtherRandomNumbers:
-            # A first run that creates parameters draws their initial values too; now they exist.
-            _set_rng_state(start)
-            loss, *runs = self._estimate(program._replace(subsamples={}))
+        loss, *runs = _repeated_if_need_be(self._estimate, program)
         value = loss.item()
         _check_loss(value, *runs)
         return loss, value, self._by_replicate(runs[0].log_weights).detach()
@@ -280,15 +351,13 @@ class MultiSampleELBO(ELBO):
                 auxiliary = self._by_replicate(others[0].log_weights)
 
         scale = particles.bound_scale / self.num_replicates
-        coefficients = [
-            scale * one.reshape(scale.shape)
-            for one in self._coefficients(program, log_weights, auxiliary)
-        ]
+        coefficients = self._coefficients(program, log_weights, auxiliary).map(
+            lambda one: scale * one.reshape(scale.shape)
+        )
         if self.chunk_size is None:
-            surrogate = _surrogate(particles, *coefficients)
+            surrogate = _surrogate(particles, coefficients)
         else:
-            parts = zip(*(one.split(self.chunk_size) for one in coefficients), strict=True)
-            surrogate = _surrogate_by_chunk(program, zip(chunks, parts, strict=True))
+            surrogate = _surrogate_by_chunk(program, chunks, coefficients)
         surrogate = surrogate + self._further_surrogate(program, log_weights)
         # The second term is exactly zero: it brings the gradient and leaves the value alone.
         loss = -(self._total_bound(particles) + (surrogate - surrogate.detach()))
@@ -300,10 +369,10 @@ class MultiSampleELBO(ELBO):
         for first in range(0, num_runs, self.chunk_size or num_runs):
             # The first chunk draws the subsamples, and has to draw them when it is repeated.
             subsamples = dict(program.subsamples)
-            before = _rng_state()
+            before = rng_state()
             size = min(self.chunk_size or num_runs, num_runs - first)
             runs.append(run_particles(program, size))
-            chunks.append(_Chunk(size, subsamples, before, _rng_state()))
+            chunks.append(_Chunk(size, subsamples, before, rng_state()))
         return concatenate(runs)
 
     def _total_bound(self, particles: Particles) -> Float[Tensor, ""]:
@@ -324,7 +393,7 @@ def program_of(elbo: Any, model: Callable, guide: Callable, args: tuple, kwargs:
     """What ``elbo`` runs on a model and a guide; guesses ``max_plate_nesting`` if need be."""
     if elbo.vectorize_particles and elbo.max_plate_nesting == math.inf:
         # Guessing runs both programs; the random numbers of the step must not depend on it.
-        with replayed(_rng_state()):
+        with replayed(rng_state()):
             elbo._guess_max_plate_nesting(model, guide, args, kwargs)
     host_counts_particles = elbo.vectorize_particles and elbo.num_particles > 1
     return Program(
@@ -332,12 +401,13 @@ def program_of(elbo: Any, model: Callable, guide: Callable, args: tuple, kwargs:
         guide=guide,
         args=args,
         kwargs=kwargs,
-        reparam=elbo.reparam,
-        is_weighted=elbo.num_particles > 1 and getattr(elbo, "alpha", 0.0) != 1,
+        reparam=getattr(elbo, "_reparam_of_program", elbo.reparam),
+        is_weighted=getattr(elbo, "_is_weighted", elbo.num_particles > 1),
         vectorize_particles=elbo.vectorize_particles,
         max_plate_nesting=elbo.max_plate_nesting - host_counts_particles,
         refuse_enumeration=elbo.strict_enumeration_warning,
         subsamples={},
+        is_antithetic=getattr(elbo, "_is_antithetic", False),
     )
 
 
@@ -351,19 +421,28 @@ class _Chunk(NamedTuple):
     after: list[Tensor]
 
 
-class _OtherRandomNumbers(RuntimeError):
-    """A chunk that was run again drew other random numbers than the first time."""
+def _repeated_if_need_be(run: Callable[[Program], Any], program: Program) -> Any:
+    start = rng_state()
+    try:
+        return run(program)
+    except OtherRandomNumbersError:
+        # A first run that creates parameters draws their initial values too; now they exist.
+        set_rng_state(start)
+        return run(program._replace(subsamples={}))
 
 
 def _surrogate_by_chunk(
-    program: Program, chunks: Iterable[tuple[_Chunk, tuple[Tensor, ...]]]
+    program: Program, chunks: Iterable[_Chunk], coefficients: Coefficients
 ) -> Float[Tensor, ""]:
     """A scalar with the gradient of all chunks' surrogates, of which one is alive at a time."""
     gradients: dict[Tensor, Tensor] = {}
-    for chunk, coefficients in chunks:
+    first = 0
+    for chunk in chunks:
+        part = slice(first, first + chunk.size)
+        first += chunk.size
         particles = _rerun(program, chunk)
         copies = [cut.copy for path in particles.paths for cut in path]
-        surrogate = _surrogate(particles, *coefficients)
+        surrogate = _surrogate(particles, coefficients.map(itemgetter(part)))
         for leaf, gradient in _gradients_at_leaves(surrogate, but=copies):
             gradients[leaf] = gradients[leaf] + gradient if leaf in gradients else gradient
     products = [(leaf * gradient).sum() for leaf, gradient in gradients.items()]
@@ -383,8 +462,8 @@ def _gradients_at_leaves(
 def _rerun(program: Program, chunk: _Chunk) -> Particles:
     with replayed(chunk.before):
         particles = run_particles(program._replace(subsamples=dict(chunk.subsamples)), chunk.size)
-        if not all(map(torch.equal, _rng_state(), chunk.after)):
-            raise _OtherRandomNumbers(
+        if not is_rng_state(chunk.after):
+            raise OtherRandomNumbersError(
                 "With chunk_size, model and guide are run again with the same random state, but "
                 "they drew a different number of random values. Make them draw the same values at "
                 "each call, or leave chunk_size out."
@@ -392,47 +471,29 @@ def _rerun(program: Program, chunk: _Chunk) -> Particles:
     return particles
 
 
-def _surrogate(
-    particles: Particles, weights: Tensor, learning_signal: Tensor, *path: Tensor
+def _surrogate(particles: Particles, coefficients: Coefficients) -> Tensor:
+    weights, signal, path_weights, path_signal, model_weights, antithetic_signal = coefficients
+    log_p, log_q_score, log_q_path, log_q_draw, antithetic, *_ = particles
+    nothing = torch.zeros_like(log_p)
+    surrogate = nothing.sum()
+    if model_weights is not None:
+        surrogate = surrogate + _total(log_p, nothing, nothing, model_weights, nothing)
+    own_log_p = log_p if model_weights is None else nothing
+    surrogate = surrogate + _total(own_log_p, log_q_path, log_q_score, weights, signal)
+    if antithetic_signal is not None:
+        surrogate = surrogate + _total(nothing, nothing, antithetic, nothing, antithetic_signal)
+    if not (path_weights is None or path_signal is None):
+        along_path = _total(log_p, log_q_path + log_q_draw, log_q_score, path_weights, path_signal)
+        surrogate = surrogate + through_cuts(along_path, particles.paths)
+    return surrogate
+
+
+def _total(
+    log_p: Tensor, log_q_path: Tensor, log_q_score: Tensor, weights: Tensor, signal: Tensor
 ) -> Tensor:
-    log_p, log_q_score, log_q_path, log_q_draw, *_ = particles
-    surrogate = linear_surrogate(
-        log_p, log_q_path, log_q_score, weights=weights, learning_signal=learning_signal
+    return linear_surrogate(
+        log_p, log_q_path, log_q_score, weights=weights, learning_signal=signal
     ).sum()
-    if not path:
-        return surrogate
-    path_weights, path_signal = path
-    along_path = linear_surrogate(
-        log_p,
-        log_q_path + log_q_draw,
-        log_q_score,
-        weights=path_weights,
-        learning_signal=path_signal,
-    ).sum()
-    return surrogate + through_cuts(along_path, particles.paths)
-
-
-def _rng_state() -> list[Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def _set_rng_state(state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1:]:
-        torch.cuda.set_rng_state_all(state[1:])
-
-
-@contextmanager
-def replayed(state: list[Tensor] | None = None) -> Iterator[None]:
-    """Start from ``state`` (or as it is), and leave the random generators as they were."""
-    outside = _rng_state()
-    if state is not None:
-        _set_rng_state(state)
-    try:
-        yield
-    finally:
-        _set_rng_state(outside)
 
 
 def _check_loss(loss: float, *runs: Particles) -> None:

@@ -3,6 +3,7 @@
 Notation: v self-normalised weights, L the K-sample bound, h_k the gradient of log q(z_k | x).
 """
 
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
@@ -35,7 +36,11 @@ class VIMCO(MultiSampleELBO):
             every random site.
         alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
             (the ELBO, averaged over the particles).
-        num_replicates: Number of independent K-particle bounds to average.
+        num_replicates: Number of independent K-particle bounds to average: MIWAE.
+        elbo_weight: Between 0 and 1: how much the ELBO counts beside the bound: CIWAE.
+        pool_replicates: Whether the model climbs the one bound over the particles of all
+            replicates, which is then the loss, while the guide climbs their average: PIWAE. A point
+            mass in the guide counts as the model's.
         chunk_size: Run particles in chunks of this size: memory does not grow with
             ``num_particles``, at two forward passes instead of one.
         **host_options: The arguments of the host's :class:`~pyro.infer.elbo.ELBO`:
@@ -91,6 +96,8 @@ class VIMCO(MultiSampleELBO):
         reparam: str = "pathwise",
         alpha: float = 0.0,
         num_replicates: int = 1,
+        elbo_weight: float = 0.0,
+        pool_replicates: bool = False,
         chunk_size: int | None = None,
         **host_options: Any,
     ) -> None:
@@ -99,6 +106,8 @@ class VIMCO(MultiSampleELBO):
             reparam=reparam,
             alpha=alpha,
             num_replicates=num_replicates,
+            elbo_weight=elbo_weight,
+            pool_replicates=pool_replicates,
             chunk_size=chunk_size,
             **host_options,
         )
@@ -114,6 +123,7 @@ class VIMCO(MultiSampleELBO):
         log_weights: Float[Tensor, " K *batch"],
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
     ) -> Float[Tensor, " K *batch"]:
-        return renyi_learning_signal(
-            log_weights, alpha=self.alpha, control_variate=self.leave_one_out
+        control_variate = self.leave_one_out
+        return self._mixed(
+            partial(renyi_learning_signal, log_weights, control_variate=control_variate)
         )

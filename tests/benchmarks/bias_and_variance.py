@@ -11,12 +11,14 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tests.conformance.backends import HOSTS, Backend, backend_for
+from tests.oracles import multisample as oracle
 from tests.oracles.enumeration import (
     complex_step_gradient,
     log_bernoulli,
@@ -46,6 +48,7 @@ drawn. The figures are those of `pyro_gradest` and of `numpyro_gradest`, which a
   expectation for one.
 - `gamma` adds gamma times wake-phi to the gradient of the bound, which is the bias seen here.
 - `TVO` has the partition {list(PARTITION)}.
+- `DisARM` is for Bernoulli sites. Its K pairs cost what 2 K particles cost the others.
 - At few particles `OVIS(K)` need not beat `VIMCO(K)`: its variance falls faster as K grows.
 """
 
@@ -59,6 +62,8 @@ class Model:
     log_q: Callable[[np.ndarray], np.ndarray]
     """From parameters, which may be complex, to ``[M]``."""
     parameters: np.ndarray
+    bits: np.ndarray | None = None
+    """Where the parameters are the log-odds of bits, these in every state, ``[M, P]``."""
 
     @cached_property
     def scores(self) -> np.ndarray:
@@ -70,8 +75,11 @@ class Model:
         return complex_step_gradient(lambda at: function(at["guide"]), {"guide": self.parameters})
 
 
-def two_bits(logits: np.ndarray) -> np.ndarray:
-    bits = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+ONE_BIT = np.array([[0], [1]])
+TWO_BITS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+
+
+def of_bits(bits: np.ndarray, logits: np.ndarray) -> np.ndarray:
     return np.sum(log_bernoulli(logits, bits), axis=-1)
 
 
@@ -79,8 +87,9 @@ MODELS = (
     Model(
         "One bit, the guide close to the posterior",
         np.array([1.0485, 1.6019]),
-        lambda logit: log_bernoulli(logit, np.arange(2)),
+        partial(of_bits, ONE_BIT),
         np.array([0.2033]),
+        ONE_BIT,
     ),
     Model(
         "Three states, the guide far from the posterior",
@@ -91,8 +100,9 @@ MODELS = (
     Model(
         "Two bits that depend on each other, and a guide where they can't",
         np.array([0.0, -2.5, -2.0, 1.0]),
-        two_bits,
+        partial(of_bits, TWO_BITS),
         np.array([0.4, -0.2]),
+        TWO_BITS,
     ),
 )
 
@@ -116,6 +126,11 @@ def expected_bound(
 @cache
 def bound_gradient(model: Model, num_particles: int, alpha: float = 0.0) -> np.ndarray:
     return model.gradient(partial(expected_bound, model, num_particles, alpha))
+
+
+def mixed_gradient(model: Model, num_particles: int) -> np.ndarray:
+    """Of the bound and the ELBO, half each."""
+    return (bound_gradient(model, num_particles) + bound_gradient(model, num_particles, 1.0)) / 2
 
 
 def thermodynamic_gradient(model: Model, num_particles: int) -> np.ndarray:
@@ -148,11 +163,25 @@ class Estimator(NamedTuple):
     num_auxiliary: int = 0
     has_converged: bool = False
     """Whether NVIL's baseline is what it tends to: the expectation of the bound."""
+    elbo_weight: float = 0.0
+    is_of_one: bool = False
+    """Whether there is one particle in the bound, and K replicates."""
 
 
 def renyi(name: str, alpha: float, control_variate: str) -> Estimator:
     options = {"alpha": alpha, "control_variate": control_variate}
     return Estimator(name, "renyi_learning_signal", options, partial(bound_gradient, alpha=alpha))
+
+
+def half_elbo(name: str, control_variate: str) -> Estimator:
+    options = {"control_variate": control_variate}
+    return Estimator(
+        f"{name}(K, elbo_weight=0.5)",
+        "renyi_learning_signal",
+        options,
+        mixed_gradient,
+        elbo_weight=0.5,
+    )
 
 
 TARGETS = {
@@ -171,6 +200,7 @@ TARGETS = {
         Estimator("OVIS(K, num_auxiliary=2)", "ovis_mc_learning_signal", {}, num_auxiliary=2),
         Estimator("OVIS(K, gamma=0.5)", "ovis_gamma_learning_signal", {"gamma": 0.5}),
         Estimator("OVIS(K, gamma=1)", "ovis_gamma_learning_signal", {"gamma": 1.0}),
+        Estimator("DisARM(K)", "disarm_learning_signal", {}),
     ],
     "the Rényi bound of order 0.5": [
         renyi("IWAE(K, alpha=0.5)", 0.5, "none"),
@@ -187,6 +217,18 @@ TARGETS = {
             {},
             partial(bound_gradient, alpha=1.0),
         ),
+        Estimator(
+            "DisARM(1, num_replicates=K)",
+            "disarm_learning_signal",
+            {},
+            partial(bound_gradient, alpha=1.0),
+            is_of_one=True,
+        ),
+    ],
+    "the bound over K particles and the ELBO, half each": [
+        half_elbo("IWAE", "none"),
+        half_elbo("VIMCO", "geometric"),
+        half_elbo("OVIS", "asymptotic"),
     ],
     "the thermodynamic objective": [
         Estimator(
@@ -215,7 +257,11 @@ def coefficients(
     def surrogate(log_q: Any, *log_weights: Any) -> Any:
         package, nothing = backend.estimators, 0.0 * log_q
         state = (package.initial_nvil_state(),) if "nvil" in estimator.function else ()
-        signal = getattr(package, estimator.function)(*log_weights, *state, **options)
+        function = partial(getattr(package, estimator.function), *log_weights, *state, **options)
+        if weight := estimator.elbo_weight:
+            signal = (1 - weight) * function(alpha=0.0) + weight * function(alpha=1.0)
+        else:
+            signal = function()
         return package.linear_surrogate(
             nothing, nothing, log_q, weights=nothing, learning_signal=signal
         )
@@ -229,8 +275,50 @@ class Figures(NamedTuple):
     variance: float
 
 
+NONE = Figures(np.nan, np.nan)
+
+
+def figures_of_pairs(host: str, estimator: Estimator, model: Model, num_particles: int) -> Figures:
+    """Bias and variance over every tuple of antithetic pairs."""
+    if model.bits is None:
+        return NONE
+    bits, logits, num_states = model.bits, model.parameters, len(model.bits)
+    joint = np.array([oracle.antithetic_joint(logit) for logit in logits])
+    first, partner = np.array(list(product(range(num_states), repeat=2))).T
+    probabilities = joint[np.arange(len(logits)), bits[first], bits[partner]].prod(axis=1)
+    first, partner = first[probabilities > 0], partner[probabilities > 0]
+    probabilities = probabilities[probabilities > 0]
+
+    size = 1 if estimator.is_of_one else num_particles
+    chosen = np.indices((len(first),) * size).reshape(size, -1)  # [K, T]
+    sides = first[chosen], partner[chosen]
+    log_weights = [(model.log_joint - model.log_q(logits))[side] for side in sides]
+    backend = backend_for(host)
+
+    def estimate(function: str, *arrays: np.ndarray) -> np.ndarray:
+        evaluate = getattr(backend.estimators, function)
+        return backend.numpy(evaluate(*map(backend.array, arrays)))
+
+    signal = estimate("disarm_learning_signal", *log_weights)
+    values = (
+        np.broadcast_to(one, (*chosen.shape, len(logits)))
+        for one in (bits[sides[0]], bits[sides[1]], logits)
+    )
+    gradients = np.einsum("kt,ktp->tp", signal, estimate("antithetic_score", *values))
+    for side, one in zip(sides, log_weights, strict=True):
+        weights = estimate("normalized_weights", one)
+        signal = weights.mean(axis=0) - weights
+        gradients += np.einsum("kt,pkt->tp", signal, model.scores[:, side]) / 2
+    actual = moments(gradients, probabilities[chosen].prod(axis=0))
+    target = estimator.target(model, num_particles)
+    bias = np.linalg.norm(actual.mean - target) / np.linalg.norm(target)
+    return Figures(float(bias), actual.variance * size / num_particles)
+
+
 def figures(host: str, estimator: Estimator, num_particles: int) -> list[Figures]:
     """Bias and variance under each model."""
+    if estimator.function == "disarm_learning_signal":
+        return [figures_of_pairs(host, estimator, model, num_particles) for model in MODELS]
     num_draws = num_particles + estimator.num_auxiliary
     states = [indices(model, num_draws) for model in MODELS]
     log_q = [model.log_q(model.parameters) for model in MODELS]
@@ -266,7 +354,7 @@ def table(host: str) -> dict[tuple[str, int], list[Figures]]:
 
 def largest_difference(tables: list[dict[tuple[str, int], list[Figures]]]) -> float:
     first, *others = ([results[key] for key in sorted(results)] for results in tables)
-    return max(float(np.abs(np.array(first) - np.array(other)).max()) for other in others)
+    return max(float(np.nanmax(np.abs(np.array(first) - np.array(other)))) for other in others)
 
 
 def document(results: dict[tuple[str, int], list[Figures]]) -> str:
@@ -280,6 +368,8 @@ def document(results: dict[tuple[str, int], list[Figures]]) -> str:
             lines += ["|---|" + "---:|" * len(heads)]
             for one in estimators:
                 row = [results[one.name, k][i] for k in NUM_PARTICLES]
+                if NONE in row:
+                    continue
                 cells = ["0" if cell.bias < TOLERANCE else f"{cell.bias:.3g}" for cell in row]
                 cells += [f"{cell.variance:.3g}" for cell in row]
                 lines += [f"| `{one.name}` | " + " | ".join(cells) + " |"]

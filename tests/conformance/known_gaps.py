@@ -97,6 +97,11 @@ KNOWN_GAPS = [
         "public infer._graph only in pyro_gradest",
         "torch keeps a graph to walk; JAX traces functions, and a jaxpr says what they need.",
     ),
+    Gap(
+        "",
+        "public infer._random only in pyro_gradest",
+        "torch's generators have a state, from which numbers are drawn again; JAX has keys.",
+    ),
     # The ready implicit guide takes what the host's autoguides take.
     Gap(
         _AUTO_IMPLICIT,
@@ -112,6 +117,7 @@ KNOWN_GAPS = [
     *(
         Gap(objective, difference, "The host arguments of MultiSampleELBO, handed on.")
         for objective in (
+            "infer.disarm.DisARM",
             "infer.implicit_elbo.ImplicitELBO",
             "infer.iwae.IWAE",
             "infer.nvil.NVIL",

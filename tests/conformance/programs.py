@@ -100,6 +100,28 @@ def one_bit() -> Program:
     return Program(model, guide, Problem(params, states_of(z=(0, 1)), densities))
 
 
+def bit_vector() -> Program:
+    """One site of two bits, which the model ties together and the guide can't."""
+    params = {"coupling": np.array(1.5), "logits": np.array([0.7, -1.1])}
+
+    def model(ppl):
+        z = ppl.sample("z", ppl.Bernoulli(logits=ppl.array(np.array([0.3, -0.2]))).to_event(1))
+        coupling = ppl.param("coupling", params["coupling"])
+        ppl.sample("x", ppl.Normal(z[..., 0] - coupling * z[..., 1], 0.7), obs=ppl.array(0.9))
+
+    def guide(ppl):
+        logits = ppl.param("logits", params["logits"])
+        ppl.sample("z", ppl.Bernoulli(logits=logits).to_event(1))
+
+    def densities(params, state, subsample):
+        z = state["z"]
+        log_p = log_bernoulli(np.array([0.3, -0.2]), z).sum()
+        log_p = log_p + log_normal(0.9, z[0] - params["coupling"] * z[1], 0.7)
+        return _densities(log_p, log_bernoulli(params["logits"], z).sum())
+
+    return Program(model, guide, Problem(params, states_of(z=bits(2)), densities))
+
+
 def dreaming() -> Program:
     """A guide that looks at the observation, so that the model can dream one for it.
 

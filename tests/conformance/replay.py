@@ -6,8 +6,9 @@ particles (all at once, one by one, auxiliary draws in a second go), is its own 
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,11 +101,13 @@ def numpyro_evaluations(
     *,
     particles: str = "vmap",
     arguments: tuple = (),
+    visits: int = 1,
 ) -> Evaluations:
     """The loss and its gradient at every prescription, mapped over these and compiled once.
 
     ``objective`` is called with ``vectorize_particles``, which runs particles with the replayer
-    under ``vmap``, or one after the other in a Python loop (``particles="loop"``).
+    under ``vmap``, or one after the other in a Python loop (``particles="loop"``). Each particle
+    draws a site ``visits`` times.
     """
     import jax
     import jax.numpy as jnp
@@ -115,18 +118,22 @@ def numpyro_evaluations(
             super().__init__()
             self.arrays = arrays
             self.used = dict.fromkeys(prescription.values, 0)
-            self.particle: dict[str, Any] | None = None
+            self.particle: dict[str, Iterator[Any]] | None = None
 
         def vectorize(self, run: Callable[[Any], Any], keys: Any) -> Any:
             """Runs particles, each with the next of the values that the sites have left."""
             num_runs = len(keys)
+            num_values = num_runs * visits
             values = {
-                site: self.arrays[site][used : used + num_runs] for site, used in self.used.items()
+                site: self.arrays[site][used : used + num_values].reshape(
+                    num_runs, visits, *self.arrays[site].shape[1:]
+                )
+                for site, used in self.used.items()
             }
-            self.used = {site: used + num_runs for site, used in self.used.items()}
+            self.used = {site: used + num_values for site, used in self.used.items()}
 
             def run_one(key: Any, particle: dict[str, Any]) -> Any:
-                self.particle = particle
+                self.particle = {site: cycle(value) for site, value in particle.items()}
                 try:
                     return run(key)
                 finally:
@@ -148,7 +155,7 @@ def numpyro_evaluations(
                 msg["value"] = self.arrays[name]
             elif msg["type"] == "sample" and name in self.used:
                 if self.particle is not None:
-                    value = self.particle[name]
+                    value = next(self.particle[name])
                 else:  # a particle that was not worth vectorising
                     value = self.arrays[name][self.used[name]]
                     self.used[name] += 1
@@ -253,7 +260,7 @@ def pyro_evaluations(
                 self.used[name] += num_runs
                 if name in prescription.noise_sites:
                     value = fn.mean + value * fn.variance.sqrt()
-                elif isinstance(fn, pyro.distributions.Bernoulli):
+                elif isinstance(getattr(fn, "base_dist", fn), pyro.distributions.Bernoulli):
                     value = value.to(torch.get_default_dtype())
                 msg["value"], msg["done"] = value, True
 

@@ -209,7 +209,8 @@ def test_reports_a_bias_that_is_no_chance(backend, bias, shows):
 def test_targets_tell_apart_what_has_another_mean(backend):
     package, target_of = backend.package, module(backend, "_targets").target_of
     same = [package.IWAE(3), package.VIMCO(3), package.OVIS(3), package.NVIL(3)]
-    same += [package.IWAE(3, reparam="dreg"), package.OVIS(3, num_auxiliary=2)]
+    same += [package.IWAE(3, num_replicates=2), package.IWAE(3, pool_replicates=True)]
+    same += [package.IWAE(3, reparam="dreg"), package.OVIS(3, num_auxiliary=2), package.DisARM(3)]
     assert len(set(map(target_of, same))) == 1
     others = [
         package.IWAE(4),
@@ -219,6 +220,8 @@ def test_targets_tell_apart_what_has_another_mean(backend):
         package.TVO(3),
         package.ReweightedWakeSleep(3),
         package.RLOO(3),
+        package.IWAE(3, elbo_weight=0.5),
+        package.IWAE(3, num_replicates=2, pool_replicates=True),
     ]
     assert len(set(map(target_of, [*same, *others]))) == 1 + len(others)
     assert target_of(package.IWAE(1, reparam="stl")) == target_of(package.RLOO(3))

@@ -30,6 +30,7 @@ SEAM = (
     "_plates",
     "_sites",
     "_discrete_sites",
+    "_antithetic",
     "_dreams",
     "_implicit",
     "_semi_implicit",

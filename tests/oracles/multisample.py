@@ -13,6 +13,8 @@ has weight, particle k is credited as in wake-phi, a_k = v_k = 1; a tuple in whi
 weight has coefficients of zero. Everything else is the plain formula.
 """
 
+from itertools import pairwise
+
 import numpy as np
 
 FLOAT = np.longdouble
@@ -303,6 +305,41 @@ def nvil_moments(mean, variance, is_first, log_weights, baseline, decay):
         share * mean + (1 - share) * batch_mean,
         share * variance + (1 - share) * batch_variance,
     )
+
+
+def antithetic_joint(logit):
+    """P(b, b~), ``[2, 2]``: how long u makes b = 1[u < p] and b~ = 1[1 - u < p] what they are."""
+    p = 1 / (1 + np.exp(-FLOAT(logit)))
+    ends = sorted([FLOAT(0), p, 1 - p, FLOAT(1)])
+    joint = np.zeros((2, 2), dtype=FLOAT)
+    for left, right in pairwise(ends):
+        u = (left + right) / 2
+        joint[int(u < p), int(1 - u < p)] += right - left
+    return joint.astype(np.float64)
+
+
+def antithetic_score(value, partner, logit):
+    """(-1)^b~ 1[b != b~] sigma(|alpha|)."""
+    return (-1) ** int(partner) * (value != partner) / (1 + np.exp(-abs(logit)))
+
+
+def disarm_learning_signal(log_weights, partner_log_weights):
+    """Half of what the bound gains by b_k over b~_k, averaged over the two sets of others.
+
+    A difference in which one of the bounds is -inf counts for nothing.
+    """
+
+    def gain(lw, partner_lw, k, others):
+        bounds = [bound_of([*others[:k], own[k], *others[k + 1 :]]) for own in (lw, partner_lw)]
+        return FLOAT(0) if -np.inf in bounds else bounds[0] - bounds[1]
+
+    def signal(lw, partner_lw):
+        return [
+            sum(gain(lw, partner_lw, k, others) for others in (lw, partner_lw)) / 4
+            for k in range(len(lw))
+        ]
+
+    return _per_batch_element(signal, log_weights, partner_log_weights)
 
 
 def linear_surrogate(log_p, log_q_path, log_q_score, *, weights, learning_signal):

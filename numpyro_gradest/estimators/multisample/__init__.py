@@ -6,6 +6,11 @@ from numpyro_gradest.estimators.multisample.bounds import (
     normalized_weights,
     renyi_bound,
 )
+from numpyro_gradest.estimators.multisample.disarm import (
+    antithetic_probs,
+    antithetic_score,
+    disarm_learning_signal,
+)
 from numpyro_gradest.estimators.multisample.dreg import dreg_weights, wake_phi_dreg_weights
 from numpyro_gradest.estimators.multisample.nvil import (
     NVILState,
@@ -35,6 +40,9 @@ from numpyro_gradest.estimators.multisample.wake_sleep import wake_phi_learning_
 
 __all__ = [
     "NVILState",
+    "antithetic_probs",
+    "antithetic_score",
+    "disarm_learning_signal",
     "dreg_weights",
     "effective_sample_size",
     "initial_nvil_state",
