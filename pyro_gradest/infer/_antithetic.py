@@ -61,9 +61,10 @@ class _NoteDraws(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if _is_bernoulli_draw(msg):
             self.states[msg["name"]] = rng_state()
+            msg["is_noted"] = True
 
     def _pyro_post_sample(self, msg: Site) -> None:
-        if msg["name"] in self.states and not msg["is_observed"]:
+        if msg.pop("is_noted", False):  # not of the model's copy of the site
             msg["fn"].sample()
 
 

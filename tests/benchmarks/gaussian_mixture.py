@@ -35,7 +35,7 @@ NUM_PARTICLES = (2, 5, 20)
 NUM_CLUSTERS = 20
 NUM_HIDDEN = 16
 BATCH_SIZE = 100
-NUM_STEPS = 2000
+NUM_STEPS = 1000
 NUM_RECORDS = 20
 LEARNING_RATE = 0.01
 NUM_TEST_DATA = 100
@@ -163,20 +163,16 @@ class NumPyroHost:
             state = train(state, batches)
             record({name: np.asarray(value) for name, value in svi.get_params(state).items()})
 
-    def signal_to_noise(self, objective: Any, params: Params, x: np.ndarray) -> dict:
+    def gradients(self, objective: Any, params: Params, x: np.ndarray) -> Params:
+        """Draws of the gradient at given parameters, ``[draws, *shape]`` each."""
         import jax
 
-        from numpyro_gradest import gradient_statistics
+        def gradient(key: Any) -> Any:
+            return jax.grad(lambda params: objective.loss(key, params, *self.programs, x))(params)
 
-        return gradient_statistics(
-            jax.random.key(0),
-            objective,
-            *self.programs,
-            params,
-            x,
-            num_draws=NUM_GRADIENTS,
-            reference=None,
-        ).signal_to_noise
+        keys = jax.random.split(jax.random.key(0), NUM_GRADIENTS)
+        draws = jax.jit(lambda keys: jax.lax.map(gradient, keys))(keys)
+        return {name: np.asarray(draw) for name, draw in draws.items()}
 
 
 class PyroHost:
@@ -220,22 +216,20 @@ class PyroHost:
             values = pyro.get_param_store().items()
             record({name: value.detach().numpy().copy() for name, value in values})
 
-    def signal_to_noise(self, objective: Any, params: Params, x: np.ndarray) -> dict:
+    def gradients(self, objective: Any, params: Params, x: np.ndarray) -> Params:
+        """Draws of the gradient at given parameters, ``[draws, *shape]`` each."""
         import pyro
         import torch
 
-        from pyro_gradest import gradient_statistics
-
         pyro.clear_param_store()
-        for name, value in params.items():
-            pyro.param(name, torch.as_tensor(value))
-        return gradient_statistics(
-            objective,
-            *self.programs,
-            torch.as_tensor(x),
-            num_draws=NUM_GRADIENTS,
-            reference=None,
-        ).signal_to_noise
+        leaves = {name: pyro.param(name, torch.as_tensor(value)) for name, value in params.items()}
+        draws: dict[str, list[np.ndarray]] = {name: [] for name in leaves}
+        for _ in range(NUM_GRADIENTS):
+            objective.loss_and_grads(*self.programs, torch.as_tensor(x))
+            for name, leaf in leaves.items():
+                draws[name].append(leaf.grad.numpy().copy())
+                leaf.grad = None
+        return {name: np.stack(one) for name, one in draws.items()}
 
 
 HOSTS = {"numpyro": NumPyroHost, "pyro": PyroHost}
@@ -256,10 +250,15 @@ def measure(name: str, num_steps: int) -> Results:
         for estimator, objective in by_name.items():
             course = [errors(initial_params())]
             host.fit(objective, data, lambda params, to=course: to.append(errors(params)))
-            ratios = host.signal_to_noise(objective, on_the_way[-1], data[0, 0])
-            snr = float(np.mean(np.concatenate([np.ravel(ratios[one]) for one in OF_GUIDE])))
-            results.setdefault(estimator, {})[k] = Fit(steps, course, snr)
+            draws = host.gradients(objective, on_the_way[-1], data[0, 0])
+            results.setdefault(estimator, {})[k] = Fit(steps, course, snr_of_guide(draws))
     return results
+
+
+def snr_of_guide(draws: Params) -> float:
+    """|mean| / standard deviation, averaged over all parameters of the guide."""
+    flat = np.concatenate([draws[name].reshape(NUM_GRADIENTS, -1) for name in OF_GUIDE], axis=1)
+    return float(np.mean(np.abs(flat.mean(axis=0)) / flat.std(axis=0, ddof=1)))
 
 
 ROWS: dict[str, Callable[[Fit], float]] = {
