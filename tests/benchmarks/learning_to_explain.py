@@ -247,7 +247,8 @@ def pyro_fit(name: str, k: int, texts: Texts, first: dict) -> dict[str, np.ndarr
     pyro.set_rng_seed(0)
     way = ways("pyro").get(name, Way())
     site = site_of(pyro_gradest, way, k)
-    model, guide = programs(pyro, dist, torch, torch.as_tensor, site, first)
+    # A copy: the optimizer writes over it.
+    model, guide = programs(pyro, dist, torch, torch.tensor, site, first)
     if way.estimator is not None:
         guide = pyro_gradest.imle(guide, {"chosen": way.estimator})
     optimizer = pyro.optim.Adam({"lr": LEARNING_RATE})
