@@ -284,7 +284,7 @@ def draw_figure(by_host: dict[str, Results], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(
         len(by_host), 3, figsize=(14, 4.5 * len(by_host)), squeeze=False, layout="constrained"
@@ -304,6 +304,9 @@ def draw_figure(by_host: dict[str, Results], path: Path) -> None:
         row[0].set(title=f"{host}, K = {most}", xlabel="steps", ylabel="posterior error")
         row[1].set(title=host, xlabel="particles K", ylabel="posterior error at the end")
         row[2].set(title=host, xlabel="particles K", ylabel="signal-to-noise ratio")
+        for axis in row[1:]:
+            axis.set_xticks(NUM_PARTICLES, list(map(str, NUM_PARTICLES)))
+            axis.xaxis.set_minor_locator(ticker.NullLocator())
         row[0].legend(fontsize="small")
     figure.suptitle("Gaussian mixture; dashed: gradients of something else than the bound")
     path.parent.mkdir(parents=True, exist_ok=True)
