@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,36 @@ from numpyro_gradest.estimators import (
     renyi_weights,
 )
 from numpyro_gradest.infer._particles import Particles, refuse_log_weights, run_particle
+from numpyro_gradest.infer._site_estimators import SiteEstimators
 from numpyro_gradest.infer._trace import Program
 
 SAMPLE_SIZE = "_effective_sample_size"
 """State under which a loss leaves the effective sample size of a step, for who puts it there."""
+
+
+class Coefficients(NamedTuple):
+    """What the log-probabilities are multiplied by, ``[K, *batch]``."""
+
+    weights: Float[Array, " K *batch"]
+    """b, of log p and of the reparameterised sites."""
+    learning_signal: Float[Array, " K *batch"]
+    """a, of the score-function sites."""
+    signals: dict[str, Float[Array, " K *batch"]]
+    """a of the sites with a learning signal of their own, by its key."""
+    path_weights: Float[Array, " K *batch"] | None
+    """If there are ``"dreg"`` sites: of the log-weights along the path through their draws."""
+
+    def along_path(self, kind: str) -> "Coefficients":
+        """Those along the path that starts at the draws of a kind."""
+        moved = self.path_weights
+        if kind != "dreg" or moved is None:
+            return self
+        # The path moves the weights, those of the score-function sites included.
+        return self._replace(
+            weights=moved,
+            learning_signal=self.learning_signal - moved,
+            signals={key: signal - moved for key, signal in self.signals.items()},
+        )
 
 
 class MultiSampleELBO(ELBO, ABC):
@@ -45,7 +71,8 @@ class MultiSampleELBO(ELBO, ABC):
             through their values; ``"dreg"`` does so doubly reparameterised: the same expectation
             and a signal-to-noise ratio that does not fall with K; ``"stl"`` leaves the score of
             their density out, which is biased for K > 1; ``"score"`` takes the score function at
-            every random site.
+            every random site. A site may choose for itself, by ``infer={"estimator": ...}`` or
+            ``configure_estimators``.
         alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
             (the ELBO, averaged over the particles).
         num_replicates: Number of independent K-particle bounds that are averaged.
@@ -129,20 +156,30 @@ class MultiSampleELBO(ELBO, ABC):
         """Under ``"dreg"``: coefficient of the log-weights along the path through the draws."""
         return dreg_weights(log_weights, alpha=self.alpha)
 
+    @property
+    def _signal_target(self) -> float | str:
+        """What learning signals of sites have to be for: the bound of this order."""
+        return float(self.alpha)
+
+    def _own_signals(
+        self, estimators: SiteEstimators, log_weights: Float[Array, " K *batch"]
+    ) -> dict[str, Float[Array, " K *batch"]]:
+        """Full coefficients of grad log q at sites that have a learning signal of their own."""
+        return estimators.own_signals(log_weights)
+
     def _coefficients(
         self,
         program: Program,
         log_weights: Float[Array, " K *batch"],
         auxiliary_log_weights: Float[Array, " S *batch"] | None,
-    ) -> tuple[Float[Array, " K *batch"], ...]:
-        """b and a; and then, if those along the path through the draws differ, these."""
-        weights = self._weights(log_weights)
-        signal = self._learning_signal(program, log_weights, auxiliary_log_weights)
-        if self.reparam == "dreg":
-            path_weights = self._path_weights(log_weights)
-            # The path moves the weights, those of the score-function sites included.
-            return weights, signal, path_weights, signal - path_weights
-        return (weights, signal, weights, signal) if self.reparam == "stl" else (weights, signal)
+    ) -> Coefficients:
+        has_dreg = "dreg" in program.estimators.met
+        return Coefficients(
+            weights=self._weights(log_weights),
+            learning_signal=self._learning_signal(program, log_weights, auxiliary_log_weights),
+            signals=self._own_signals(program.estimators, log_weights),
+            path_weights=self._path_weights(log_weights) if has_dreg else None,
+        )
 
     def _further_surrogate(
         self, program: Program, log_weights: Float[Array, " K *batch"], key: Array
@@ -192,7 +229,7 @@ class MultiSampleELBO(ELBO, ABC):
             param_map,
             args,
             kwargs,
-            self.reparam,
+            SiteEstimators.of(self),
             is_weighted=self.num_particles > 1 and self.alpha != 1,
         )
         program = program.with_plate_key(plate_key)
@@ -209,20 +246,21 @@ class MultiSampleELBO(ELBO, ABC):
             auxiliary = self._by_replicate(auxiliary_particles.log_weights)
 
         scale = particles.bound_scale / self.num_replicates
-        coefficients = [
-            scale * one.reshape(scale.shape)
-            for one in self._coefficients(program, log_weights, auxiliary)
-        ]
+        coefficients = jax.tree.map(
+            lambda one: scale * one.reshape(scale.shape),
+            self._coefficients(program, log_weights, auxiliary),
+        )
         if self.chunk_size:
             # Only keys and coefficients are kept: the backward pass runs each chunk again.
             @jax.checkpoint
-            def rerun(key: Array, *coefficients: Array) -> Array:
-                return _surrogate(self._run(program, key[None]), *(c[None] for c in coefficients))
+            def rerun(key: Array, coefficients: Coefficients) -> Array:
+                one = jax.tree.map(lambda coefficient: coefficient[None], coefficients)
+                return _surrogate(self._run(program, key[None]), one)
 
-            chunks = (keys, *coefficients)
+            chunks = (keys, coefficients)
             surrogate = jax.lax.map(lambda xs: rerun(*xs), chunks, batch_size=self.chunk_size).sum()
         else:
-            surrogate = _surrogate(particles, *coefficients)
+            surrogate = _surrogate(particles, coefficients)
         surrogate += self._further_surrogate(program, log_weights, guide_key)
 
         bound = jnp.sum(scale[0] * self._bound(log_weights).sum(axis=0))
@@ -260,28 +298,36 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return jnp.zeros_like(primals[0]), tangents[0]
 
 
-def _surrogate(
-    particles: Particles, weights: Array, learning_signal: Array, *path: Array
-) -> Float[Array, ""]:
+def _surrogate(particles: Particles, coefficients: Coefficients) -> Float[Array, ""]:
+    surrogate = _linear(particles, coefficients)
+    for kind, along_path in sorted(particles.along_paths.items()):
+        log_q_path = along_path.log_q_path + along_path.log_q_draw
+        moved = along_path._replace(log_q_path=log_q_path)
+        surrogate += _linear(moved, coefficients.along_path(kind))
+    return surrogate
+
+
+def _linear(particles: Particles, coefficients: Coefficients) -> Float[Array, ""]:
     surrogate = linear_surrogate(
         particles.log_p,
         particles.log_q_path,
         particles.log_q_score,
-        weights=weights,
-        learning_signal=learning_signal,
+        weights=coefficients.weights,
+        learning_signal=coefficients.learning_signal,
     ).sum()
-    if particles.along_path is None:
-        return surrogate
-    path_weights, path_signal = path
-    log_p, log_q_score, log_q_path, log_q_draw, *_ = particles.along_path
-    along_path = linear_surrogate(
-        log_p,
-        log_q_path + log_q_draw,
-        log_q_score,
-        weights=path_weights,
-        learning_signal=path_signal,
-    )
-    return surrogate + along_path.sum()
+    return surrogate + signal_surrogate(particles, coefficients.signals)
+
+
+def signal_surrogate(
+    particles: Particles, signals: dict[str, Float[Array, " K *batch"]]
+) -> Float[Array, ""] | float:
+    """What sites with a learning signal of their own add to the surrogate."""
+    zero = jnp.zeros_like(particles.log_p)
+    terms = [
+        linear_surrogate(zero, zero, log_q, weights=zero, learning_signal=signals[key]).sum()
+        for key, log_q in particles.log_q_signals.items()
+    ]
+    return sum(terms, 0.0)
 
 
 def _warn_of_no_weight(bound: Float[Array, ""]) -> None:

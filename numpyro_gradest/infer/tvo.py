@@ -15,6 +15,7 @@ from numpyro_gradest.estimators import (
     thermodynamic_weights,
 )
 from numpyro_gradest.estimators.multisample.thermodynamic import Partition, check_partition
+from numpyro_gradest.infer._site_estimators import THERMODYNAMIC
 from numpyro_gradest.infer._trace import Program
 from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
 
@@ -90,6 +91,7 @@ class TVO(MultiSampleELBO):
     """
 
     _least_particles = 2
+    _reparams = ("score",)
 
     def __init__(
         self,
@@ -132,6 +134,10 @@ class TVO(MultiSampleELBO):
 
     def _weights(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
         return thermodynamic_weights(log_weights, partition=self._partition_at(log_weights))
+
+    @property
+    def _signal_target(self) -> str:
+        return THERMODYNAMIC
 
     def _learning_signal(
         self,

@@ -4,9 +4,10 @@ Notation: K = num_particles, R = num_replicates, lw_k = log p(x, z_k) - log q(z_
 """
 
 import math
+import operator
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -28,7 +29,43 @@ from pyro_gradest.infer._particles import (
     refuse_log_weights,
     run_particles,
 )
+from pyro_gradest.infer._site_estimators import SiteEstimators
 from pyro_gradest.infer._trace import Program, trace_particles
+
+
+class Coefficients(NamedTuple):
+    """What the log-probabilities are multiplied by, ``[K, *batch]``."""
+
+    weights: Float[Tensor, " K *batch"]
+    """b, of log p and of the reparameterised sites."""
+    learning_signal: Float[Tensor, " K *batch"]
+    """a, of the score-function sites."""
+    signals: dict[str, Float[Tensor, " K *batch"]]
+    """a of the sites with a learning signal of their own, by its key."""
+    path_weights: Float[Tensor, " K *batch"] | None
+    """If there are ``"dreg"`` sites: of the log-weights along the path through their draws."""
+
+    def along_path(self, kind: str) -> "Coefficients":
+        """Those along the path that starts at the draws of a kind."""
+        moved = self.path_weights
+        if kind != "dreg" or moved is None:
+            return self
+        # The path moves the weights, those of the score-function sites included.
+        return self._replace(
+            weights=moved,
+            learning_signal=self.learning_signal - moved,
+            signals={key: signal - moved for key, signal in self.signals.items()},
+        )
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Coefficients":
+        """A function of each coefficient."""
+        path_weights = self.path_weights
+        return Coefficients(
+            fn(self.weights),
+            fn(self.learning_signal),
+            {key: fn(signal) for key, signal in self.signals.items()},
+            None if path_weights is None else fn(path_weights),
+        )
 
 
 class MultiSampleELBO(ELBO):
@@ -48,7 +85,8 @@ class MultiSampleELBO(ELBO):
             through their values; ``"dreg"`` does so doubly reparameterised: the same expectation
             and a signal-to-noise ratio that does not fall with K; ``"stl"`` leaves the score of
             their density out, which is biased for K > 1; ``"score"`` takes the score function at
-            every random site.
+            every random site. A site may choose for itself, by ``infer={"estimator": ...}`` or
+            ``configure_estimators``.
         alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
             (the ELBO, averaged over the particles).
         num_replicates: Number of independent K-particle bounds that are averaged.
@@ -152,20 +190,30 @@ class MultiSampleELBO(ELBO):
         """Under ``"dreg"``: coefficient of the log-weights along the path through the draws."""
         return dreg_weights(log_weights, alpha=self.alpha)
 
+    @property
+    def _signal_target(self) -> float | str:
+        """What learning signals of sites have to be for: the bound of this order."""
+        return float(self.alpha)
+
+    def _own_signals(
+        self, estimators: SiteEstimators, log_weights: Float[Tensor, " K *batch"]
+    ) -> dict[str, Float[Tensor, " K *batch"]]:
+        """Full coefficients of grad log q at sites that have a learning signal of their own."""
+        return estimators.own_signals(log_weights)
+
     def _coefficients(
         self,
         program: Program,
         log_weights: Float[Tensor, " K *batch"],
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
-    ) -> tuple[Float[Tensor, " K *batch"], ...]:
-        """b and a; and then, if those along the path through the draws differ, these."""
-        weights = self._weights(log_weights)
-        signal = self._learning_signal(program, log_weights, auxiliary_log_weights)
-        if self.reparam == "dreg":
-            path_weights = self._path_weights(log_weights)
-            # The path moves the weights, those of the score-function sites included.
-            return weights, signal, path_weights, signal - path_weights
-        return (weights, signal, weights, signal) if self.reparam == "stl" else (weights, signal)
+    ) -> Coefficients:
+        has_dreg = "dreg" in program.estimators.met
+        return Coefficients(
+            weights=self._weights(log_weights),
+            learning_signal=self._learning_signal(program, log_weights, auxiliary_log_weights),
+            signals=self._own_signals(program.estimators, log_weights),
+            path_weights=self._path_weights(log_weights) if has_dreg else None,
+        )
 
     def _further_surrogate(
         self, program: Program, log_weights: Float[Tensor, " K *batch"]
@@ -279,15 +327,12 @@ class MultiSampleELBO(ELBO):
                 auxiliary = self._by_replicate(others[0].log_weights)
 
         scale = particles.bound_scale / self.num_replicates
-        coefficients = [
-            scale * one.reshape(scale.shape)
-            for one in self._coefficients(program, log_weights, auxiliary)
-        ]
+        coefficients = self._coefficients(program, log_weights, auxiliary)
+        coefficients = coefficients.map(lambda one: scale * one.reshape(scale.shape))
         if self.chunk_size is None:
-            surrogate = _surrogate(particles, *coefficients)
+            surrogate = _surrogate(particles, coefficients)
         else:
-            parts = zip(*(one.split(self.chunk_size) for one in coefficients), strict=True)
-            surrogate = _surrogate_by_chunk(program, zip(chunks, parts, strict=True))
+            surrogate = _surrogate_by_chunk(program, chunks, coefficients)
         surrogate = surrogate + self._further_surrogate(program, log_weights)
         # The second term is exactly zero: it brings the gradient and leaves the value alone.
         loss = -(self._total_bound(particles) + (surrogate - surrogate.detach()))
@@ -331,7 +376,7 @@ def program_of(elbo: Any, model: Callable, guide: Callable, args: tuple, kwargs:
         guide=guide,
         args=args,
         kwargs=kwargs,
-        reparam=elbo.reparam,
+        estimators=SiteEstimators.of(elbo),
         is_weighted=elbo.num_particles > 1 and getattr(elbo, "alpha", 0.0) != 1,
         vectorize_particles=elbo.vectorize_particles,
         max_plate_nesting=elbo.max_plate_nesting - host_counts_particles,
@@ -355,14 +400,17 @@ class _OtherRandomNumbers(RuntimeError):
 
 
 def _surrogate_by_chunk(
-    program: Program, chunks: Iterable[tuple[_Chunk, tuple[Tensor, ...]]]
+    program: Program, chunks: list[_Chunk], coefficients: Coefficients
 ) -> Float[Tensor, ""]:
     """A scalar with the gradient of all chunks' surrogates, of which one is alive at a time."""
     gradients: dict[Tensor, Tensor] = {}
-    for chunk, coefficients in chunks:
+    first = 0
+    for chunk in chunks:
         particles = _rerun(program, chunk)
         copies = [cut.copy for path in particles.paths for cut in path]
-        surrogate = _surrogate(particles, *coefficients)
+        of_chunk = coefficients.map(operator.itemgetter(slice(first, first + chunk.size)))
+        surrogate = _surrogate(particles, of_chunk)
+        first += chunk.size
         for leaf, gradient in _gradients_at_leaves(surrogate, but=copies):
             gradients[leaf] = gradients[leaf] + gradient if leaf in gradients else gradient
     products = [(leaf * gradient).sum() for leaf, gradient in gradients.items()]
@@ -391,24 +439,36 @@ def _rerun(program: Program, chunk: _Chunk) -> Particles:
     return particles
 
 
-def _surrogate(
-    particles: Particles, weights: Tensor, learning_signal: Tensor, *path: Tensor
-) -> Tensor:
-    log_p, log_q_score, log_q_path, log_q_draw, *_ = particles
+def _surrogate(particles: Particles, coefficients: Coefficients) -> Tensor:
+    surrogate = _linear(particles, coefficients)
+    along_path = particles._replace(log_q_path=particles.log_q_path + particles.log_q_draw)
+    for kind in sorted({cut.kind for path in particles.paths for cut in path}):
+        moved = _linear(along_path, coefficients.along_path(kind))
+        surrogate = surrogate + through_cuts(moved, particles.paths, kind=kind)
+    return surrogate
+
+
+def _linear(particles: Particles, coefficients: Coefficients) -> Float[Tensor, ""]:
     surrogate = linear_surrogate(
-        log_p, log_q_path, log_q_score, weights=weights, learning_signal=learning_signal
+        particles.log_p,
+        particles.log_q_path,
+        particles.log_q_score,
+        weights=coefficients.weights,
+        learning_signal=coefficients.learning_signal,
     ).sum()
-    if not path:
-        return surrogate
-    path_weights, path_signal = path
-    along_path = linear_surrogate(
-        log_p,
-        log_q_path + log_q_draw,
-        log_q_score,
-        weights=path_weights,
-        learning_signal=path_signal,
-    ).sum()
-    return surrogate + through_cuts(along_path, particles.paths)
+    return surrogate + signal_surrogate(particles, coefficients.signals)
+
+
+def signal_surrogate(
+    particles: Particles, signals: dict[str, Float[Tensor, " K *batch"]]
+) -> Float[Tensor, ""] | float:
+    """What sites with a learning signal of their own add to the surrogate."""
+    zero = torch.zeros_like(particles.log_p)
+    terms = [
+        linear_surrogate(zero, zero, log_q, weights=zero, learning_signal=signals[key]).sum()
+        for key, log_q in particles.log_q_signals.items()
+    ]
+    return sum(terms, 0.0)
 
 
 def _rng_state() -> list[Tensor]:

@@ -17,6 +17,7 @@ from pyro_gradest.estimators import (
     thermodynamic_weights,
 )
 from pyro_gradest.estimators.multisample.thermodynamic import Partition, check_partition
+from pyro_gradest.infer._site_estimators import THERMODYNAMIC
 from pyro_gradest.infer._trace import Program
 from pyro_gradest.infer.multisample_elbo import MultiSampleELBO, check_count
 
@@ -93,6 +94,7 @@ class TVO(MultiSampleELBO):
     """
 
     _least_particles = 2
+    _reparams = ("score",)
 
     def __init__(
         self,
@@ -135,6 +137,10 @@ class TVO(MultiSampleELBO):
 
     def _weights(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " K *batch"]:
         return thermodynamic_weights(log_weights, partition=self._partition_at(log_weights))
+
+    @property
+    def _signal_target(self) -> str:
+        return THERMODYNAMIC
 
     def _learning_signal(
         self,
