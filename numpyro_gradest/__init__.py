@@ -32,7 +32,7 @@ from numpyro_gradest.estimators import (
     ReinMax,
     StraightThrough,
 )
-from numpyro_gradest.handlers import adapt_imle, imle
+from numpyro_gradest.handlers import adapt_imle, configure_estimators, imle
 from numpyro_gradest.infer import (
     IWAE,
     NVIL,
@@ -86,6 +86,7 @@ __all__ = [
     "adapt_imle",
     "check_implicit_fit",
     "compare_estimators",
+    "configure_estimators",
     "estimators",
     "gradient_statistics",
     "imle",

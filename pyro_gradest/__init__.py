@@ -32,7 +32,7 @@ from pyro_gradest.estimators import (
     ReinMax,
     StraightThrough,
 )
-from pyro_gradest.handlers import imle
+from pyro_gradest.handlers import configure_estimators, imle
 from pyro_gradest.infer import (
     IWAE,
     NVIL,
@@ -85,6 +85,7 @@ __all__ = [
     "TrainingMonitor",
     "check_implicit_fit",
     "compare_estimators",
+    "configure_estimators",
     "estimators",
     "gradient_statistics",
     "imle",

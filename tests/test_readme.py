@@ -1,5 +1,6 @@
 """The README's examples run as they stand, and are as short as it says."""
 
+import math
 import re
 
 import pytest
@@ -53,6 +54,25 @@ def test_solver_example(host: str) -> None:
     else:
         share = sum(names["window_guide"](None) for _ in range(300)) / 300
     assert (share > 0.5).tolist() == [False, False, False, True, True, False]
+
+
+@pytest.mark.usefixtures("user_defaults")
+@pytest.mark.parametrize("host", ["numpyro", "pyro"])
+def test_site_estimators_example(host: str) -> None:
+    """It goes on where the first example ended."""
+    require_host(host)
+    (example,) = _blocks(f"from {host}_gradest import IWAE, configure_estimators")
+    names = _after_the_first(host)
+    exec(example, names)
+    losses = names["mixed_result"].losses if host == "numpyro" else names["mixed_losses"]
+    # The evidence of the one observation, summed over the bit.
+    evidence = 0.7 * _normal(2.0) + 0.3 * _normal(1.0)
+    assert abs(sum(float(loss) for loss in losses[-100:]) / 100 + math.log(evidence)) < 0.1
+
+
+def _normal(distance: float) -> float:
+    """The density at some distance from the mean, for a variance of two."""
+    return math.exp(-(distance**2) / 4) / math.sqrt(4 * math.pi)
 
 
 def _after_the_first(host: str) -> dict:

@@ -17,6 +17,7 @@ from numpyro_gradest.diagnostics.gradient_report import EstimatorComparison, Gra
 from numpyro_gradest.estimators import effective_sample_size
 from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.infer._enumerated import NotEnumerableError, expected_bound
+from numpyro_gradest.infer._site_estimators import SiteEstimators
 from numpyro_gradest.infer._trace import Program
 from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
@@ -327,7 +328,7 @@ class _Gradients:
         num_particles, alpha = bound.num_particles, bound.alpha
 
         def expected(point: Array) -> Array:
-            program = self._program(point, "score")
+            program = self._program(point, SiteEstimators("score"))
             return expected_bound(program, self.key, num_particles, alpha=alpha)
 
         try:
@@ -342,7 +343,7 @@ class _Gradients:
 
         def size(key: Array) -> Array:
             keys = jax.random.split(key, loss.num_particles * loss.num_replicates)
-            program = self._program(self.point, loss.reparam)
+            program = self._program(self.point, SiteEstimators.of(loss))
             log_weights = loss._run(program, keys).log_weights
             return effective_sample_size(loss._by_replicate(log_weights)).mean()
 
@@ -369,9 +370,9 @@ class _Gradients:
     def _params(self, point: Array) -> dict[str, Any]:
         return self.svi.constrain_fn(self.unravel(point)) | self.mutable_state
 
-    def _program(self, point: Array, reparam: str) -> Program:
+    def _program(self, point: Array, estimators: SiteEstimators) -> Program:
         svi, params = self.svi, self._params(point)
         program = Program(
-            svi.model, svi.guide, params, self.args, self.kwargs, reparam, is_weighted=False
+            svi.model, svi.guide, params, self.args, self.kwargs, estimators, is_weighted=False
         )
         return program.with_plate_key(self.key)

@@ -19,6 +19,7 @@ from numpyro_gradest.estimators import (
 from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.estimators.score.stein_discrepancy import stein_kernel_matrix
 from numpyro_gradest.infer._model_score import ScoredGroup, score_draws
+from numpyro_gradest.infer._site_estimators import SiteEstimators
 from numpyro_gradest.infer._trace import Program
 from numpyro_gradest.infer.implicit_elbo import ImplicitELBO, ScoreEstimator
 
@@ -120,7 +121,14 @@ def check_implicit_fit(
     check_count(num_samples, "num_samples", caller="check_implicit_fit")
     estimator = ImplicitELBO(num_particles, score_estimator=score_estimator).score_estimator
     program = Program(
-        model, guide, params, args, kwargs, "pathwise", is_weighted=False, takes_implicit=True
+        model,
+        guide,
+        params,
+        args,
+        kwargs,
+        SiteEstimators("pathwise"),
+        is_weighted=False,
+        takes_implicit=True,
     )
     draw_key, line_key = jax.random.split(rng_key)
     num_draws = num_particles * math.ceil(num_samples / num_particles)

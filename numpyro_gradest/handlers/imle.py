@@ -1,12 +1,13 @@
 """Gradients through discrete sites, for any loss that differentiates through values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxtyping import Array
 
 from numpyro_gradest.estimators import AdaptiveIMLE
 from numpyro_gradest.infer._discrete_sites import (
+    ESTIMATORS,
     DiscreteSites,
     as_choice,
     state_name,
@@ -36,7 +37,8 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
         fn: A guide, or a model. Left out, a decorator and context manager is returned.
         config: Estimators by site name, one estimator for all latent discrete sites, or a function
             from site names to estimators or ``None``: ``IMLE``, ``AdaptiveIMLE``,
-            ``StraightThrough``, ``GumbelSoftmaxST``, ``ReinMax`` or ``SIMPLE``.
+            ``StraightThrough``, ``GumbelSoftmaxST``, ``ReinMax`` or ``SIMPLE``. Left out, sites say
+            so themselves, by ``infer={"estimator": IMLE()}``.
 
     Returns:
         ``fn`` with these gradients.
@@ -84,7 +86,8 @@ def adapt_imle(optimizer: Any, config: Any) -> Any:
 
     Args:
         optimizer: An optax optimizer for the other parameters.
-        config: What :func:`imle` was given.
+        config: What :func:`imle` was given, or :func:`configure_estimators` by site name; entries
+            of other estimators are passed over.
 
     Returns:
         An optax optimizer.
@@ -112,6 +115,8 @@ def adapt_imle(optimizer: Any, config: Any) -> Any:
             f"adapt_imle needs an optax optimizer, such as optax.adam(1e-3), got {optimizer!r}. "
             "Those of numpyro.optim have one of the same name in optax."
         )
+    if isinstance(config, Mapping):
+        config = {name: one for name, one in config.items() if isinstance(one, ESTIMATORS)}
     choose = as_choice(config)
 
     def estimator_of(parameter: str) -> AdaptiveIMLE | None:

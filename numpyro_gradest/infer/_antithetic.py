@@ -10,7 +10,8 @@ from numpyro.primitives import Messenger
 
 from numpyro_gradest.estimators import antithetic_probs, antithetic_score
 from numpyro_gradest.infer._implicit import inputs_by_output
-from numpyro_gradest.infer._sites import Site, Trace, is_score_site, samples
+from numpyro_gradest.infer._site_estimators import SiteEstimators, is_score_site
+from numpyro_gradest.infer._sites import Site, Trace, samples
 from numpyro_gradest.infer._trace import Program, trace_guide, trace_model, trace_particle
 
 
@@ -21,7 +22,7 @@ def trace_pair(program: Program, key: Array) -> tuple[tuple[Trace, Trace], tuple
     """
     model_key, guide_key = jax.random.split(key)
     model_trace, guide_trace = trace_particle(program, key)
-    draws = _bernoulli_draws(guide_trace)
+    draws = _bernoulli_draws(guide_trace, program.estimators)
     _refuse_dependent(program, guide_key, draws)
     with _DrawPartners(draws):
         partner_trace = trace_guide(program, guide_key, {})
@@ -64,11 +65,11 @@ class _DrawPartners(Messenger):
             msg["fn"] = msg.pop("drawn_for")
 
 
-def _bernoulli_draws(guide_trace: Trace) -> dict[str, Array]:
+def _bernoulli_draws(guide_trace: Trace, estimators: SiteEstimators) -> dict[str, Array]:
     """Draws of the score-function sites, each of which has to be Bernoulli."""
     draws = {}
     for name, site in samples(guide_trace):
-        if not is_score_site(site, "pathwise"):
+        if not is_score_site(site, estimators):
             continue
         if not isinstance(_base(site["fn"]), (dist.BernoulliLogits, dist.BernoulliProbs)):
             raise ValueError(

@@ -37,7 +37,7 @@ from numpyro_gradest.estimators import (
     threshold,
 )
 from numpyro_gradest.estimators.discrete._subset_sampler import SplitNoise, of_items, subset_sampler
-from numpyro_gradest.infer._sites import Site
+from numpyro_gradest.infer._sites import Site, own_estimator
 
 Estimator = IMLE | AdaptiveIMLE | StraightThrough | GumbelSoftmaxST | ReinMax | SIMPLE
 ESTIMATORS = (IMLE, AdaptiveIMLE, StraightThrough, GumbelSoftmaxST, ReinMax, SIMPLE)
@@ -93,13 +93,13 @@ class DiscreteSites(Messenger):
     """Gives chosen discrete sites of a program a gradient.
 
     ``config`` is an estimator by name of the site, a function from names to estimators (or
-    ``None``), or one estimator for every latent discrete site.
+    ``None``), one estimator for every latent discrete site, or ``None`` for what sites say.
     """
 
     def __init__(self, fn: Callable | None, config: Any) -> None:
         super().__init__(fn)
         self._is_for_all = isinstance(config, ESTIMATORS)
-        self._choose = as_choice(config)
+        self._choose = None if config is None else as_choice(config)
         self._named = set(config) if isinstance(config, Mapping) else set()
         self._met: list[str] = []
 
@@ -120,7 +120,7 @@ class DiscreteSites(Messenger):
             return
         name = msg["name"]
         self._met.append(name)
-        estimator = self._choose(name)
+        estimator = self._choose(name) if self._choose else _as_it_says(msg)
         if estimator is None or (self._is_for_all and not _may_be_chosen(msg)):
             return
         _check_site(name, msg)
@@ -167,6 +167,16 @@ def _refuse_other_optimizer(counts: Any) -> np.ndarray:
     return np.zeros((), counts.dtype)
 
 
+def _as_it_says(msg: Site) -> Estimator | None:
+    estimator = own_estimator(msg)
+    return estimator if isinstance(estimator, ESTIMATORS) else None
+
+
+def carries_gradient(fn: Any) -> bool:
+    """Whether the draws of a distribution carry an estimator's gradient."""
+    return isinstance(_base(fn), _CarriesGradient)
+
+
 def as_choice(config: Any) -> Callable[[str], Estimator | None]:
     """The function from site names to estimators that ``config`` stands for."""
     if isinstance(config, ESTIMATORS):
@@ -183,7 +193,7 @@ def as_choice(config: Any) -> Callable[[str], Estimator | None]:
         return config
     raise TypeError(
         "imle needs estimators by site name, such as {'z': IMLE()}, one estimator for all discrete "
-        f"sites, or a function from names to estimators, got {config!r}."
+        f"sites, a function from names to estimators, or nothing, got {config!r}."
     )
 
 

@@ -12,6 +12,7 @@ from numpyro import distributions as dist
 from numpyro_gradest.estimators import renyi_bound
 from numpyro_gradest.infer._particles import Particles, read_particle
 from numpyro_gradest.infer._plates import CommonPlates, common_plates, plate_dims
+from numpyro_gradest.infer._site_estimators import SiteEstimators
 from numpyro_gradest.infer._sites import Site, Trace, is_deterministic, samples
 from numpyro_gradest.infer._trace import Program, trace_guide, trace_model, trace_particle
 
@@ -31,7 +32,7 @@ def expected_bound(
     The elements of the common plates are independent of each other, so that all of them go
     through the states of one together.
     """
-    program = program._replace(reparam="score", is_weighted=True)
+    program = program._replace(estimators=SiteEstimators("score"), is_weighted=True)
     model_trace, guide_trace = trace_particle(program, key)
     try:
         plates = common_plates(model_trace, guide_trace, is_weighted=True)

@@ -13,7 +13,14 @@ from numpyro.distributions.util import sum_rightmost
 
 from numpyro_gradest.distributions import Implicit
 from numpyro_gradest.infer._plates import plate_dims
-from numpyro_gradest.infer._sites import Site, Trace, is_deterministic, mask_of, samples
+from numpyro_gradest.infer._sites import (
+    Site,
+    Trace,
+    is_deterministic,
+    mask_of,
+    own_estimator,
+    samples,
+)
 
 Parents = dict[str, tuple[str, ...]]
 """For each implicit site the sites that its value is computed from."""
@@ -95,6 +102,11 @@ def _check_parents(name: str, parents: tuple[str, ...], sites: dict[str, Site]) 
                 f"would be that given {parent!r}, of which there is one draw for each value of "
                 f"{parent!r}: too few to estimate it from. Compute {name!r} from noise alone, or "
                 f"make {parent!r} and {name!r} parts of one implicit site."
+            )
+        if own_estimator(site) is not None:
+            raise ValueError(
+                f"Implicit site {name!r} is computed from {parent!r}, whose draws its gradient "
+                f"passes through. Remove the estimator {own_estimator(site)!r} of {parent!r}."
             )
         if not site["fn"].has_rsample:
             raise ValueError(

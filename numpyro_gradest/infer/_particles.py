@@ -20,12 +20,10 @@ from numpyro_gradest.infer._plates import (
     plate_dims,
     to_batch,
 )
+from numpyro_gradest.infer._site_estimators import SiteEstimators, is_apart, is_score_site
 from numpyro_gradest.infer._sites import (
-    TOLD_APART,
     Site,
     Trace,
-    is_path_draw,
-    is_score_site,
     log_prob_of,
     mask_of,
     samples,
@@ -34,15 +32,15 @@ from numpyro_gradest.infer._sites import (
 from numpyro_gradest.infer._trace import (
     Program,
     mutable_state_of,
-    trace_particle,
-    trace_particle_twice,
+    trace_particle_along_paths,
 )
 
 Scale = float | Array
 
 _PARTS = ("log_p", "log_q_path", "log_q_score", "log_q_draw", "antithetic")
-_DRAWN = ("log_q_score", "log_q_draw")
-"""Parts that hold the density of a draw, which happens whatever its scale and mask."""
+_NOT_DRAWN = ("log_p", "log_q_path")
+"""All other parts hold the density of a draw, which happens whatever its scale and mask."""
+_SIGNAL = "signal of "
 
 
 class Particles(NamedTuple):
@@ -68,27 +66,27 @@ class Particles(NamedTuple):
     """Values of the ``mutable`` sites after the run."""
     largest: dict[str, Float[Array, " *particles"]]
     """For each site the largest term that it adds to a log-weight: NaN or +inf show a fault."""
-    along_path: "Particles | None" = None
-    """Under ``"dreg"`` and ``"stl"``: the same once more, with no gradient but that along the path
-    through the reparameterised draws."""
+    log_q_signals: dict[str, Float[Array, " *batch"]]
+    """As ``log_q_score``, of the sites with a learning signal of their own: one entry for each
+    signal, by the first site that has it."""
+    along_paths: "dict[str, Particles]"
+    """Under ``"dreg"`` and ``"stl"``: the same once more, with no gradient but that along the paths
+    that start at the reparameterised draws of a kind."""
 
     @property
     def log_weights(self) -> Float[Array, " *batch"]:
         """log p(x, z) - log q(z), detached."""
-        return jax.lax.stop_gradient(
-            self.log_p - self.log_q_path - self.log_q_score - self.log_q_draw
-        )
+        log_weights = self.log_p - self.log_q_path - self.log_q_score - self.log_q_draw
+        return jax.lax.stop_gradient(log_weights - sum(self.log_q_signals.values()))
 
 
 def run_particle(program: Program, key: Array) -> Particles:
     """Run the guide, then the model at the guide's values, and read their log-probabilities."""
     if program.is_antithetic:
         return _pair(*(read_particle(program, *traces) for traces in trace_pair(program, key)))
-    if program.reparam not in TOLD_APART:
-        return read_particle(program, *trace_particle(program, key))
-    explicit, along_path = trace_particle_twice(program, key)
-    particle = read_particle(program, *explicit)
-    return particle._replace(along_path=read_particle(program, *along_path))
+    explicit, along = trace_particle_along_paths(program, key)
+    along_paths = {kind: read_particle(program, *traces) for kind, traces in along.items()}
+    return read_particle(program, *explicit)._replace(along_paths=along_paths)
 
 
 def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> Particles:
@@ -96,11 +94,12 @@ def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> P
     plates = common_plates(model_trace, guide_trace, is_weighted=program.is_weighted)
     terms = [_read_site("log_p", name, site, plates) for name, site in samples(model_trace)]
     for name, site in samples(guide_trace):
-        terms.append(_read_site(_part_of(site, program.reparam), name, site, plates))
+        terms.append(_read_site(_part_of(site, program.estimators), name, site, plates))
 
     common_scale = _common_scale(terms, plates)
     is_active = _is_active(terms, plates)
-    totals = dict.fromkeys(_PARTS, jnp.zeros(plates.sizes))
+    parts = dict.fromkeys([*_PARTS, *(term.part for term in terms)])
+    totals = dict.fromkeys(parts, jnp.zeros(plates.sizes))
     largest: dict[str, Array] = {}
     for term in terms:
         is_scaled = not _is_same_number(term.scale, common_scale)
@@ -110,7 +109,7 @@ def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> P
             total /= common_scale
         added = jax.lax.stop_gradient(total if term.part == "log_p" else -total)
         largest[_where(term)] = jnp.max(added, initial=-jnp.inf)
-        if term.part in _DRAWN and (is_scaled or term.mask is not True):
+        if term.part not in _NOT_DRAWN and (is_scaled or term.mask is not True):
             drawn = term.site | {"fn": unmasked(term.site["fn"])}
             density = to_batch(log_prob_of(term.name, drawn), term.dims, plates)
             density = jnp.where(is_active, density, 0.0)
@@ -129,6 +128,10 @@ def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> P
         bound_scale=plates.subsample_scale * common_scale * jnp.ones(plates.sizes),
         mutable_state=mutable_state_of(guide_trace) | mutable_state_of(model_trace),
         largest=largest,
+        log_q_signals={
+            part.removeprefix(_SIGNAL): totals[part] for part in parts if part not in _PARTS
+        },
+        along_paths={},
     )
 
 
@@ -163,11 +166,13 @@ class _Term(NamedTuple):
     mask: bool | Array
 
 
-def _part_of(site: Site, reparam: str) -> str:
-    if is_score_site(site, reparam):
+def _part_of(site: Site, estimators: SiteEstimators) -> str:
+    """Where the density of a guide site goes: a field of the particles, or the key of a signal."""
+    if (key := estimators.note(site)) is not None:
+        return _SIGNAL + key
+    if is_score_site(site, estimators):
         return "log_q_score"
-    is_apart = reparam != "split" and is_path_draw(site, reparam)
-    return "log_q_draw" if is_apart else "log_q_path"
+    return "log_q_draw" if is_apart(site, estimators) else "log_q_path"
 
 
 def _read_site(part: str, name: str, site: Site, plates: CommonPlates) -> _Term:

@@ -14,12 +14,12 @@ from jaxtyping import Array, Float
 
 from numpyro_gradest.estimators import iwae_bound
 from numpyro_gradest.infer._plates import CommonPlates, common_plates, plate_dims, to_batch
+from numpyro_gradest.infer._site_estimators import is_score_site
 from numpyro_gradest.infer._sites import (
     Site,
     Trace,
     is_auxiliary,
     is_deterministic,
-    is_score_site,
     log_prob_of,
     samples,
     unmasked,
@@ -80,7 +80,7 @@ def _read(program: Program, guide_trace: Trace, plates: CommonPlates) -> _Compon
     for name, site in samples(guide_trace):
         if not is_auxiliary(site):
             parts["log_q"] += to_batch(log_prob_of(name, site), plate_dims(site), plates)
-        if is_score_site(site, program.reparam):
+        if is_score_site(site, program.estimators):
             part = "log_noise" if is_auxiliary(site) else "log_drawn"
             drawn = site | {"fn": unmasked(site["fn"])}
             parts[part] += to_batch(log_prob_of(name, drawn), plate_dims(site), plates)

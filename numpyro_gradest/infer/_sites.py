@@ -8,8 +8,8 @@ from numpyro import distributions as dist
 
 Site = dict[str, Any]
 Trace = dict[str, Site]
-TOLD_APART = ("dreg", "stl", "split")
-"""Where the gradient along the path through draws is told from all others."""
+ESTIMATOR = "estimator"
+"""Where in a site's ``infer`` its estimator stands."""
 _WRAPPERS = (
     dist.ExpandedDistribution,
     dist.Independent,
@@ -23,16 +23,9 @@ def samples(trace: Trace) -> list[tuple[str, Site]]:
     return [(name, site) for name, site in trace.items() if site["type"] == "sample"]
 
 
-def is_score_site(site: Site, reparam: str) -> bool:
-    if site["is_observed"] or is_deterministic(site):
-        return False
-    return reparam == "score" or not site["fn"].has_rsample
-
-
-def is_path_draw(site: Site, reparam: str) -> bool:
-    """Whether the site is a draw whose gradient has to be told from that of densities."""
-    is_draw = not (site["is_observed"] or is_deterministic(site))
-    return reparam in TOLD_APART and is_draw and not is_score_site(site, reparam)
+def own_estimator(site: Site) -> Any:
+    """What a site says that its estimator be."""
+    return site["infer"].get(ESTIMATOR)
 
 
 def is_auxiliary(site: Site) -> bool:
@@ -43,10 +36,14 @@ def is_auxiliary(site: Site) -> bool:
 
 def is_deterministic(site: Site) -> bool:
     """Whether the site is a point mass, whose value is a parameter rather than a draw."""
-    fn = site["fn"]
+    return isinstance(base_of(site["fn"]), dist.Delta)
+
+
+def base_of(fn: dist.Distribution) -> dist.Distribution:
+    """What a distribution wraps."""
     while isinstance(fn, _WRAPPERS):
         fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
+    return fn
 
 
 def mask_of(fn: dist.Distribution) -> bool | Array:

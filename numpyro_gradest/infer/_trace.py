@@ -11,15 +11,14 @@ from numpyro.util import check_model_guide_match
 
 from numpyro_gradest.infer._implicit import implicit_parents, take_implicit_sites
 from numpyro_gradest.infer._plates import CommonPlates, plate_dims
-from numpyro_gradest.infer._sites import (
-    Site,
-    Trace,
-    is_auxiliary,
-    is_deterministic,
+from numpyro_gradest.infer._site_estimators import (
+    SiteEstimators,
+    check_observed,
+    is_on_path,
     is_path_draw,
     is_score_site,
-    samples,
 )
+from numpyro_gradest.infer._sites import Site, Trace, is_auxiliary, is_deterministic, samples
 
 
 class Program(NamedTuple):
@@ -30,10 +29,8 @@ class Program(NamedTuple):
     params: dict[str, Any]
     args: tuple
     kwargs: dict[str, Any]
-    reparam: str
-    """``"pathwise"``; ``"score"`` to take the score function at every random guide site;
-    ``"dreg"`` or ``"stl"`` to tell the gradient of reparameterised draws from all others;
-    ``"split"`` to tell it from that of the model alone."""
+    estimators: SiteEstimators
+    """How the gradient at each guide site is estimated."""
     is_weighted: bool
     """Whether particles are weighed against each other, so that log-weights must be whole."""
     takes_implicit: bool = False
@@ -63,47 +60,134 @@ class Program(NamedTuple):
 
 def trace_particle(program: Program, key: Array) -> tuple[Trace, Trace]:
     """Trace the model and the guide; gradients stop at the values of score-function sites."""
-    model_key, guide_key = jax.random.split(key)
-    guide_trace = trace_guide(program, guide_key, {})
-    model_trace = trace_model(program, model_key, guide_trace)
+    guide_trace = trace_guide(program, _guide_key(key), {})
+    return trace_model_at(program, key, guide_trace), guide_trace
+
+
+def trace_model_at(program: Program, key: Array, guide_trace: Trace) -> Trace:
+    """Trace the model at what the guide drew with this key, and deal with implicit sites."""
+    model_trace = trace_model(program, _model_key(key), guide_trace)
     if program.takes_implicit:
         params = jax.tree.map(lambda leaf: leaf, program.params)
-        guide = handlers.substitute(handlers.seed(program.guide, guide_key), data=params)
+        guide = handlers.substitute(handlers.seed(program.guide, _guide_key(key)), data=params)
         parents = implicit_parents(guide, guide_trace, program.args, program.kwargs)
         take_implicit_sites(model_trace, guide_trace, parents)
-    return model_trace, guide_trace
+    return model_trace
 
 
-def trace_particle_twice(
+def trace_particle_along_paths(
     program: Program, key: Array
-) -> tuple[tuple[Trace, Trace], tuple[Trace, Trace]]:
-    """Trace model and guide at the same draws, with two different gradients.
+) -> tuple[tuple[Trace, Trace], dict[str, tuple[Trace, Trace]]]:
+    """Trace model and guide at the same draws, with different gradients.
 
-    In the first pair the parameters have a gradient and the draws have none. In the second it is
-    the reverse: there is one along the path through the reparameterised draws and no other.
+    If any site needs that. In the first pair then the parameters have a gradient and the draws
+    have none. In the others it is the reverse: there is one along the paths that start at the
+    reparameterised draws of a kind, and no other.
     """
-    model_key, guide_key = jax.random.split(key)
-    drawn = trace_guide(program, guide_key, {})
+    drawn = trace_guide(program, _guide_key(key), {})
+    paths = {
+        name: program.estimators.path_kind(site)
+        for name, site in samples(drawn)
+        if is_on_path(site, program.estimators)
+    }
+    _check_path_draws(program, drawn, has_path=bool(paths))
+    if not any(is_path_draw(site, program.estimators) for _, site in samples(drawn)):
+        return (trace_model_at(program, key, drawn), drawn), {}
+
+    kinds = sorted(set(paths.values()))
     draws = {
         name: site["value"]
         for name, site in samples(drawn)
         if not (site["is_observed"] or is_deterministic(site))
     }
-    has_path = any(is_path_draw(drawn[name], program.reparam) for name in draws)
-    if program.reparam != "split" and not has_path:
+    guide_trace = trace_guide(program, _guide_key(key), jax.lax.stop_gradient(draws))
+    explicit = trace_model(program, _model_key(key), guide_trace), guide_trace
+    along = {}
+    if len(kinds) == 1:
+        starts = {kinds[0]: trace_guide(program.detached(), _guide_key(key), draws)}
+    else:
+        starts = _trace_from_each_kind(program, _guide_key(key), draws, paths)
+    for kind, guide_trace in starts.items():
+        along[kind] = trace_model(program.detached(), _model_key(key), guide_trace), guide_trace
+    return explicit, along
+
+
+def _trace_from_each_kind(
+    program: Program, key: Array, draws: dict[str, Array], paths: dict[str, str]
+) -> dict[str, Trace]:
+    """Trace the guide without the parameters' gradient, but for that in the draws of one kind.
+
+    What a parameter moves directly is told from what it moves through earlier draws: a draw has
+    the derivative of the first where the earlier draws have none, and of the second where the
+    parameters have none.
+    """
+    others = {name: value for name, value in draws.items() if name not in paths}
+    others = jax.lax.stop_gradient(others)
+    direct: dict[str, Array] = {}
+
+    def detach(name: str, value: Array) -> Array:
+        direct[name] = value
+        return jax.lax.stop_gradient(value)
+
+    with _ReplacePathDraws(detach, paths):
+        trace_guide(program, key, others)
+
+    traces = {}
+    for kind in sorted(set(paths.values())):
+
+        def attach(name: str, value: Array, kind: str = kind) -> Array:
+            if paths[name] != kind:
+                return value
+            # The difference is exactly zero: it brings the gradient and leaves the value alone.
+            return value + (direct[name] - jax.lax.stop_gradient(direct[name]))
+
+        with _ReplacePathDraws(attach, paths):
+            traces[kind] = trace_guide(program.detached(), key, others)
+    return traces
+
+
+class _ReplacePathDraws(Messenger):
+    """Hands on, in the place of each reparameterised draw, a function of its name and value."""
+
+    def __init__(self, function: Callable[[str, Array], Array], paths: dict[str, str]) -> None:
+        super().__init__()
+        self.function = function
+        self.paths = paths
+
+    def process_message(self, msg: Site) -> None:
+        if msg["type"] == "control_flow":
+            raise NotImplementedError(
+                'Guide sites ask for "dreg" and for other gradients along the path in a guide with '
+                "scan or cond, inside of which these can't be told apart. Choose the same for all "
+                "sites with a reparameterised sampler."
+            )
+
+    def postprocess_message(self, msg: Site) -> None:
+        if msg["type"] == "sample" and msg["name"] in self.paths:
+            msg["value"] = self.function(msg["name"], msg["value"])
+            # A log_prob computed from cached intermediates would bring the gradient back.
+            msg["intermediates"] = []
+
+
+def _check_path_draws(program: Program, guide_trace: Trace, *, has_path: bool) -> None:
+    reparam = program.estimators.default
+    if reparam not in ("dreg", "stl") or has_path:
+        return
+    draws = [(name, site) for name, site in samples(guide_trace) if not site["is_observed"]]
+    if not any(site["fn"].has_rsample and not is_deterministic(site) for _, site in draws):
         raise ValueError(
-            f'reparam="{program.reparam}" is about guide sites with a reparameterised sampler, but '
-            f"the guide has none (it samples {sorted(_drawn(drawn)) or 'nothing'}). Use the "
-            "default reparam, which treats other sites alike."
+            f'reparam="{reparam}" is about guide sites with a reparameterised sampler, but the '
+            f"guide has none (it samples {sorted(name for name, _ in draws) or 'nothing'}). Use "
+            "the default reparam, which treats other sites alike."
         )
-    pairs = []
-    for one, values in (
-        (program, jax.lax.stop_gradient(draws)),
-        (program.detached(), draws),
-    ):
-        guide_trace = trace_guide(one, guide_key, values)
-        pairs.append((trace_model(one, model_key, guide_trace), guide_trace))
-    return pairs[0], pairs[1]
+
+
+def _model_key(key: Array) -> Array:
+    return jax.random.split(key)[0]
+
+
+def _guide_key(key: Array) -> Array:
+    return jax.random.split(key)[1]
 
 
 def trace_guide(program: Program, key: Array, draws: dict[str, Array]) -> Trace:
@@ -111,8 +195,10 @@ def trace_guide(program: Program, key: Array, draws: dict[str, Array]) -> Trace:
     # Programs update mutable state in place: every run gets containers of its own.
     params = jax.tree.map(lambda leaf: leaf, program.params)
     guide = handlers.substitute(handlers.seed(program.guide, key), data=params | draws)
-    with _DetachScoreSites(program.reparam):
-        return handlers.trace(guide).get_trace(*program.args, **program.kwargs)
+    with _DetachScoreSites(program.estimators):
+        trace = handlers.trace(guide).get_trace(*program.args, **program.kwargs)
+    check_observed(trace)
+    return trace
 
 
 def trace_model(program: Program, key: Array, guide_trace: Trace) -> Trace:
@@ -142,7 +228,7 @@ def trace_guide_at(program: Program, guide_trace: Trace, key: Array) -> Trace:
     params = jax.tree.map(lambda leaf: leaf, program.params)
     data = params | latents | mutable_state_of(guide_trace)
     guide = handlers.substitute(handlers.seed(program.guide, key), data=data)
-    with _DetachScoreSites(program.reparam):
+    with _DetachScoreSites(program.estimators):
         return handlers.trace(guide).get_trace(*program.args, **program.kwargs)
 
 
@@ -164,24 +250,26 @@ def latent_axes(model_trace: Trace, plates: CommonPlates) -> dict[str, tuple[int
 class _DetachScoreSites(Messenger):
     """Stops gradients at the values of the guide's score-function sites."""
 
-    def __init__(self, reparam: str) -> None:
+    def __init__(self, estimators: SiteEstimators) -> None:
         super().__init__()
-        self.reparam = reparam
+        self.estimators = estimators
 
     def process_message(self, msg: Site) -> None:
+        if msg["type"] == "sample":
+            self.estimators.at(msg)  # raises before anything is drawn
         if msg["type"] == "control_flow":
             # A handler sees the sites of scan and cond only when these have run; by then the
             # values have gone into what follows them inside.
             msg["kwargs"]["substitute_stack"].append(("substitute", self._detached_value))
 
     def postprocess_message(self, msg: Site) -> None:
-        if msg["type"] == "sample" and is_score_site(msg, self.reparam):
+        if msg["type"] == "sample" and is_score_site(msg, self.estimators):
             msg["value"] = jax.lax.stop_gradient(msg["value"])
             # A log_prob computed from cached intermediates would bring the gradient back.
             msg["intermediates"] = []
 
     def _detached_value(self, site: Site) -> Array | None:
-        if site["type"] != "sample" or not is_score_site(site, self.reparam):
+        if site["type"] != "sample" or not is_score_site(site, self.estimators):
             return None
         value = site["value"]
         if value is None:

@@ -78,6 +78,7 @@ class DisARM(MultiSampleELBO):
 
     _reparams = ("pathwise",)
     _is_antithetic = True
+    _signal_target = None  # sites take no learning signals of their own
 
     def __init__(
         self,

@@ -25,8 +25,9 @@ from numpyro_gradest.estimators import (
 from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.infer._implicit import ImplicitGroup, implicit_groups
 from numpyro_gradest.infer._particles import Particles, read_particle, refuse_log_weights
+from numpyro_gradest.infer._site_estimators import SiteEstimators
 from numpyro_gradest.infer._trace import Program, trace_particle
-from numpyro_gradest.infer.multisample_elbo import gradient_only, mean_state
+from numpyro_gradest.infer.multisample_elbo import gradient_only, mean_state, signal_surrogate
 
 ScoreEstimator = Callable[[Float[Array, " *plates K D"]], Float[Array, " *plates K D"]]
 Groups = dict[tuple[str, ...], ImplicitGroup]
@@ -58,7 +59,8 @@ class ImplicitELBO(ELBO):
             ``None`` is :func:`stein_score`, with the kernel :class:`IMQ` at 0.7 times the median
             distance, corrected by :func:`calibrate_score`.
         reparam: ``"pathwise"`` differentiates through the values of explicit guide sites with a
-            reparameterised sampler; ``"score"`` takes the score function at all of them.
+            reparameterised sampler; ``"score"`` takes the score function at all of them. Each may
+            choose for itself, by ``infer={"estimator": ...}``.
         vectorize_particles: As in the host: ``True`` for ``vmap``, ``False`` for ``lax.map``, or a
             callable ``(fn, keys) -> stacked results``.
 
@@ -101,6 +103,8 @@ class ImplicitELBO(ELBO):
     """
 
     can_infer_discrete = True
+    _reparams = ("pathwise", "score")
+    _signal_target = 1.0
 
     def __init__(
         self,
@@ -116,7 +120,7 @@ class ImplicitELBO(ELBO):
                 "ImplicitELBO estimates an entropy from its particles and needs num_particles >= "
                 f"2 (better five per dimension), got {num_particles}."
             )
-        if reparam not in ("pathwise", "score"):
+        if reparam not in self._reparams:
             raise ValueError(f'ImplicitELBO needs reparam="pathwise" or "score", got {reparam!r}.')
         if score_estimator is not None and not callable(score_estimator):
             raise TypeError(
@@ -163,7 +167,7 @@ class ImplicitELBO(ELBO):
             param_map,
             args,
             kwargs,
-            self.reparam,
+            SiteEstimators.of(self),
             is_weighted=False,
             takes_implicit=True,
         )
@@ -173,7 +177,7 @@ class ImplicitELBO(ELBO):
         _refuse_not_finite(groups)
         refuse_log_weights(particles)
 
-        surrogate = self._explicit_surrogate(particles)
+        surrogate = self._explicit_surrogate(program, particles)
         elbo = jnp.sum(particles.bound_scale[0] * particles.log_weights.mean(axis=0))
         for group in groups.values():
             samples, weight = jnp.moveaxis(group.samples, 0, -2), group.weight[0]
@@ -183,16 +187,21 @@ class ImplicitELBO(ELBO):
         loss = -(jax.lax.stop_gradient(elbo) + gradient_only(surrogate))
         return {"loss": loss, "mutable_state": mean_state(particles.mutable_state) or None}
 
-    def _explicit_surrogate(self, particles: Particles) -> Float[Array, ""]:
+    def _explicit_surrogate(self, program: Program, particles: Particles) -> Float[Array, ""]:
         elbo, scale = particles.log_weights, particles.bound_scale / self.num_particles
         others = (elbo.sum(axis=0) - elbo) / (self.num_particles - 1)
-        return linear_surrogate(
-            particles.log_p,
-            particles.log_q_path,
-            particles.log_q_score,
-            weights=scale,
-            learning_signal=scale * (elbo - others),
-        ).sum()
+        signals = program.estimators.own_signals(elbo)
+        signals = {key: particles.bound_scale * signal for key, signal in signals.items()}
+        return (
+            signal_surrogate(particles, signals)
+            + linear_surrogate(
+                particles.log_p,
+                particles.log_q_path,
+                particles.log_q_score,
+                weights=scale,
+                learning_signal=scale * (elbo - others),
+            ).sum()
+        )
 
 
 def _calibrated_stein_score(samples: Array) -> Array:

@@ -14,6 +14,7 @@ from numpyro_gradest.estimators import effective_sample_size, iwae_bound
 from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.infer._particles import read_particle, refuse_log_weights
 from numpyro_gradest.infer._plates import common_plates
+from numpyro_gradest.infer._site_estimators import SiteEstimators
 from numpyro_gradest.infer._trace import Program, latent_axes, latent_values, trace_particle
 
 
@@ -97,7 +98,8 @@ def importance_samples(
     check_count(num_samples, "num_samples", caller="importance_samples")
     check_count(num_particles, "num_particles", caller="importance_samples")
     plate_key, particle_key, choice_key = jax.random.split(rng_key, 3)
-    program = Program(model, guide, params, args, kwargs, "pathwise", is_weighted=True)
+    estimators = SiteEstimators("pathwise")  # nothing is differentiated
+    program = Program(model, guide, params, args, kwargs, estimators, is_weighted=True)
     program = program.with_plate_key(plate_key)
     axes: dict[str, tuple[int, ...]] = {}
 

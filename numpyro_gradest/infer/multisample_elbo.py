@@ -23,7 +23,7 @@ from numpyro_gradest.estimators import (
 )
 from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.infer._particles import Particles, refuse_log_weights, run_particle
-from numpyro_gradest.infer._sites import TOLD_APART
+from numpyro_gradest.infer._site_estimators import SiteEstimators
 from numpyro_gradest.infer._trace import Program
 
 SAMPLE_SIZE = "_effective_sample_size"
@@ -31,23 +31,33 @@ SAMPLE_SIZE = "_effective_sample_size"
 
 
 class Coefficients(NamedTuple):
-    """What multiplies the log-probabilities of the particles; all are ``[K, replicates, *batch]``.
-
-    What is ``None`` does not differ from what comes before it, or is of no use.
-    """
+    """What the log-probabilities are multiplied by, ``[K, replicates, *batch]``."""
 
     weights: Array
     """b, of log p and, subtracted, of the log q of reparameterised sites."""
     learning_signal: Array
     """a, of the log q of score-function sites."""
+    signals: dict[str, Array]
+    """a of the sites with a learning signal of their own, by its key."""
     path_weights: Array | None = None
-    """As ``weights``, along the path through the reparameterised draws."""
-    path_signal: Array | None = None
-    """As ``learning_signal``, along that path."""
+    """If there are ``"dreg"`` sites: of the log-weights along the path through their draws."""
     model_weights: Array | None = None
-    """As ``weights``, of log p other than along that path."""
+    """Of log p other than along the path, if these are not ``weights``."""
     antithetic_signal: Array | None = None
     """a once more, at antithetic pairs."""
+
+    def along_path(self, kind: str) -> "Coefficients":
+        """Those along the path that starts at the draws of a kind."""
+        whole = Coefficients(self.weights, self.learning_signal, self.signals)
+        moved = self.path_weights
+        if kind != "dreg" or moved is None:
+            return whole
+        # The path moves the weights, those of the score-function sites included.
+        return Coefficients(
+            moved,
+            self.learning_signal - moved,
+            {key: signal - moved for key, signal in self.signals.items()},
+        )
 
 
 class MultiSampleELBO(ELBO, ABC):
@@ -67,7 +77,8 @@ class MultiSampleELBO(ELBO, ABC):
             through their values; ``"dreg"`` does so doubly reparameterised: the same expectation
             and a signal-to-noise ratio that does not fall with K; ``"stl"`` leaves the score of
             their density out, which is biased for K > 1; ``"score"`` takes the score function at
-            every random site.
+            every random site. A site may choose for itself, by ``infer={"estimator": ...}`` or
+            ``configure_estimators``.
         alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
             (the ELBO, averaged over the particles).
         num_replicates: Number of independent K-particle bounds that are averaged: MIWAE.
@@ -179,31 +190,37 @@ class MultiSampleELBO(ELBO, ABC):
             return of_elbo
         return (1 - self.elbo_weight) * of_order(alpha=self.alpha) + self.elbo_weight * of_elbo
 
+    @property
+    def _signal_target(self) -> float | str | None:
+        """What learning signals of sites have to be for: the bound of this order, if of one."""
+        if self.elbo_weight == 0:
+            return float(self.alpha)
+        return 1.0 if self.elbo_weight == 1 else None
+
+    def _own_signals(
+        self, estimators: SiteEstimators, log_weights: Float[Array, " K *batch"]
+    ) -> dict[str, Float[Array, " K *batch"]]:
+        """Full coefficients of grad log q at sites that have a learning signal of their own."""
+        return estimators.own_signals(log_weights)
+
     def _coefficients(
         self,
         program: Program,
         log_weights: Float[Array, " K *batch"],
         auxiliary_log_weights: Float[Array, " S *batch"] | None,
     ) -> Coefficients:
-        weights = self._weights(log_weights)
-        signal = self._learning_signal(program, log_weights, auxiliary_log_weights)
-        coefficients = Coefficients(weights, signal)
-        if self.reparam == "dreg":
-            path_weights = self._path_weights(log_weights)
-            # The path moves the weights, those of the score-function sites included.
-            coefficients = Coefficients(weights, signal, path_weights, signal - path_weights)
-        elif self._reparam_of_program in TOLD_APART:
-            coefficients = Coefficients(weights, signal, weights, signal)
-        if self.pool_replicates:
-            of_all = self._weights(log_weights.reshape(-1, *log_weights.shape[2:]))
-            model_weights = self.num_replicates * of_all.reshape(log_weights.shape)
-            coefficients = coefficients._replace(model_weights=model_weights)
-        return coefficients
+        has_dreg = "dreg" in program.estimators.met
+        return Coefficients(
+            weights=self._weights(log_weights),
+            learning_signal=self._learning_signal(program, log_weights, auxiliary_log_weights),
+            signals=self._own_signals(program.estimators, log_weights),
+            path_weights=self._path_weights(log_weights) if has_dreg else None,
+            model_weights=self._pooled_weights(log_weights) if self.pool_replicates else None,
+        )
 
-    @property
-    def _reparam_of_program(self) -> str:
-        is_split = self.pool_replicates and self.reparam == "pathwise"
-        return "split" if is_split else self.reparam
+    def _pooled_weights(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
+        of_all = self._weights(log_weights.reshape(-1, *log_weights.shape[2:]))
+        return self.num_replicates * of_all.reshape(log_weights.shape)
 
     @property
     def _is_weighted(self) -> bool:
@@ -258,7 +275,7 @@ class MultiSampleELBO(ELBO, ABC):
             param_map,
             args,
             kwargs,
-            self._reparam_of_program,
+            SiteEstimators.of(self),
             is_weighted=self._is_weighted,
             is_antithetic=self._is_antithetic,
         )
@@ -329,20 +346,41 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
 
 
 def _surrogate(particles: Particles, coefficients: Coefficients) -> Float[Array, ""]:
-    weights, signal, path_weights, path_signal, model_weights, antithetic_signal = coefficients
-    log_p, nothing = particles.log_p, jnp.zeros_like(particles.log_p)
-    surrogate = nothing.sum()
-    if model_weights is not None:
-        surrogate += _total(log_p, nothing, nothing, model_weights, nothing)
-        log_p = nothing
-    surrogate += _total(log_p, particles.log_q_path, particles.log_q_score, weights, signal)
-    if antithetic_signal is not None:
-        surrogate += _total(nothing, nothing, particles.antithetic, nothing, antithetic_signal)
-    path = particles.along_path
-    if not (path is None or path_weights is None or path_signal is None):
-        log_q_path = path.log_q_path + path.log_q_draw
-        surrogate += _total(path.log_p, log_q_path, path.log_q_score, path_weights, path_signal)
+    surrogate = _linear(particles, coefficients)
+    for kind, along_path in sorted(particles.along_paths.items()):
+        log_q_path = along_path.log_q_path + along_path.log_q_draw
+        moved = along_path._replace(log_q_path=log_q_path)
+        surrogate += _linear(moved, coefficients.along_path(kind))
     return surrogate
+
+
+def _linear(particles: Particles, coefficients: Coefficients) -> Float[Array, ""]:
+    log_p, nothing = particles.log_p, jnp.zeros_like(particles.log_p)
+    surrogate = signal_surrogate(particles, coefficients.signals)
+    if coefficients.model_weights is not None:
+        surrogate = surrogate + _total(log_p, nothing, nothing, coefficients.model_weights, nothing)
+        log_p = nothing
+    if (signal := coefficients.antithetic_signal) is not None:
+        surrogate = surrogate + _total(nothing, nothing, particles.antithetic, nothing, signal)
+    return surrogate + _total(
+        log_p,
+        particles.log_q_path,
+        particles.log_q_score,
+        coefficients.weights,
+        coefficients.learning_signal,
+    )
+
+
+def signal_surrogate(
+    particles: Particles, signals: dict[str, Float[Array, " K *batch"]]
+) -> Float[Array, ""] | float:
+    """What sites with a learning signal of their own add to the surrogate."""
+    nothing = jnp.zeros_like(particles.log_p)
+    terms = [
+        _total(nothing, nothing, log_q, nothing, signals[key])
+        for key, log_q in particles.log_q_signals.items()
+    ]
+    return sum(terms, 0.0)
 
 
 def _total(

@@ -47,7 +47,7 @@ class NVIL(MultiSampleELBO):
         normalize_variance: Whether to divide by max(1, s).
         name: Of the running moments, if there is more than one such loss.
         reparam: What guide sites with a reparameterised sampler get: ``"pathwise"``, ``"dreg"``,
-            ``"stl"`` or ``"score"``, as in :class:`IWAE`.
+            ``"stl"`` or ``"score"``, as in :class:`IWAE`; a site may choose for itself.
         num_replicates: Number of independent K-particle bounds to average.
         chunk_size: Run particles in chunks of this size: memory does not grow with
             ``num_particles``, at two forward passes instead of one.

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from numpyro_gradest.estimators import wake_phi_dreg_weights, wake_phi_learning_signal
 from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.infer._dreams import dream_log_q
+from numpyro_gradest.infer._site_estimators import WAKE_PHI, SiteEstimators
 from numpyro_gradest.infer._trace import Program
 from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
@@ -44,7 +45,7 @@ class ReweightedWakeSleep(MultiSampleELBO):
             drawn from the model, by name.
         reparam: ``"score"`` takes the score function at every random guide site; ``"dreg"`` takes
             wake-phi doubly reparameterised at sites that allow it, with the same expectation and
-            less noise.
+            less noise. A site may choose between them, by ``infer={"estimator": ...}``.
         num_replicates: Number of independent wake phases of K particles to average.
         chunk_size: Run particles in chunks of this size: memory does not grow with
             ``num_particles``, at two forward passes instead of one.
@@ -133,6 +134,16 @@ class ReweightedWakeSleep(MultiSampleELBO):
         auxiliary_log_weights: Float[Array, " S *batch"] | None,
     ) -> Float[Array, " K *batch"]:
         return self.insomnia * wake_phi_learning_signal(log_weights)
+
+    @property
+    def _signal_target(self) -> str:
+        return WAKE_PHI
+
+    def _own_signals(
+        self, estimators: SiteEstimators, log_weights: Float[Array, " K *batch"]
+    ) -> dict[str, Float[Array, " K *batch"]]:
+        signals = estimators.own_signals(log_weights)
+        return {key: self.insomnia * signal for key, signal in signals.items()}
 
     def _path_weights(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
         return self.insomnia * wake_phi_dreg_weights(log_weights)

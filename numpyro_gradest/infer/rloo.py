@@ -27,7 +27,8 @@ class RLOO(MultiSampleELBO):
         reparam: What guide sites with a reparameterised sampler get. ``"pathwise"`` differentiates
             through their values; ``"stl"`` and ``"dreg"``, which are the same here, leave the
             score of their density out, whose mean is zero; ``"score"`` takes the score function at
-            every random site.
+            every random site. A site may choose for itself, by ``infer={"estimator": ...}`` or
+            ``configure_estimators``.
         num_replicates: Number of independent averages of K draws to average.
         chunk_size: Run particles in chunks of this size: memory does not grow with
             ``num_particles``, at two forward passes instead of one.

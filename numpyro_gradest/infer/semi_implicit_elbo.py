@@ -16,6 +16,7 @@ from numpyro_gradest.estimators import linear_surrogate
 from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.infer._particles import Particles, read_particle, refuse_log_weights
 from numpyro_gradest.infer._semi_implicit import Mixture, read_mixture
+from numpyro_gradest.infer._site_estimators import SiteEstimators
 from numpyro_gradest.infer._trace import Program, trace_particle
 from numpyro_gradest.infer.multisample_elbo import gradient_only, mean_state
 
@@ -46,7 +47,8 @@ class SemiImplicitELBO(ELBO):
         num_particles: K, the number of draws of z that are averaged.
         num_mixing: J >= 1, the number of further draws of the noise for each draw of z.
         reparam: ``"pathwise"`` differentiates through the values of guide sites with a
-            reparameterised sampler; ``"score"`` takes the score function at all of them.
+            reparameterised sampler; ``"score"`` takes the score function at all of them. Each may
+            choose for itself, by ``infer={"estimator": ...}``.
         vectorize_particles: As in the host: ``True`` for ``vmap``, ``False`` for ``lax.map``, or a
             callable ``(fn, keys) -> stacked results``; used for draws of the noise as well.
 
@@ -87,6 +89,9 @@ class SemiImplicitELBO(ELBO):
 
     can_infer_discrete = True
 
+    _reparams = ("pathwise", "score")
+    _signal_target = None
+
     def __init__(
         self,
         num_particles: int,
@@ -97,7 +102,7 @@ class SemiImplicitELBO(ELBO):
     ) -> None:
         check_count(num_particles, "num_particles", caller="SemiImplicitELBO")
         check_count(num_mixing, "num_mixing", caller="SemiImplicitELBO")
-        if reparam not in ("pathwise", "score"):
+        if reparam not in self._reparams:
             raise ValueError(
                 f'SemiImplicitELBO needs reparam="pathwise" or "score", got {reparam!r}.'
             )
@@ -136,7 +141,13 @@ class SemiImplicitELBO(ELBO):
         """
         plate_key, main_key = jax.random.split(rng_key)
         program = Program(
-            model, guide, param_map, args, kwargs, self.reparam, is_weighted=False
+            model,
+            guide,
+            param_map,
+            args,
+            kwargs,
+            SiteEstimators.of(self),
+            is_weighted=False,
         ).with_plate_key(plate_key)
         keys = jax.random.split(main_key, self.num_particles)
         particles, mixture = self.vectorize_particles_fn(partial(self._run, program), keys)

@@ -16,6 +16,7 @@ from numpyro_gradest.estimators import (
 )
 from numpyro_gradest.estimators._validation import check_count
 from numpyro_gradest.estimators.multisample.thermodynamic import Partition, check_partition
+from numpyro_gradest.infer._site_estimators import THERMODYNAMIC
 from numpyro_gradest.infer._trace import Program
 from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
@@ -91,6 +92,7 @@ class TVO(MultiSampleELBO):
     """
 
     _least_particles = 2
+    _reparams = ("score",)
 
     def __init__(
         self,
@@ -133,6 +135,10 @@ class TVO(MultiSampleELBO):
 
     def _weights(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
         return thermodynamic_weights(log_weights, partition=self._partition_at(log_weights))
+
+    @property
+    def _signal_target(self) -> str:
+        return THERMODYNAMIC
 
     def _learning_signal(
         self,

@@ -20,6 +20,7 @@ from pyro_gradest.estimators.score.stein_discrepancy import stein_kernel_matrix
 from pyro_gradest.infer._implicit import implicit_parents
 from pyro_gradest.infer._model_score import ScoredGroup, score_draws
 from pyro_gradest.infer._random import replayed
+from pyro_gradest.infer._site_estimators import SiteEstimators
 from pyro_gradest.infer.implicit_elbo import ImplicitELBO, ScoreEstimator
 from pyro_gradest.infer.multisample_elbo import program_of
 
@@ -130,7 +131,9 @@ def check_implicit_fit(
             "check_implicit_fit needs a guide with Implicit sites, but this one has none. Where "
             "every site has a density, look at the effective_sample_size of importance_samples."
         )
-    program = program._replace(parents=parents, is_weighted=False)
+    program = program._replace(
+        parents=parents, is_weighted=False, estimators=SiteEstimators("pathwise")
+    )
     num_draws = num_particles * math.ceil(num_samples / num_particles)
     groups = score_draws(program, num_draws, reference)
     checks = (_check(group, num_particles, elbo.score_estimator) for group in groups)

@@ -28,7 +28,8 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
             wrapped, too. Left out, a decorator and context manager is returned.
         config: Estimators by site name, one estimator for all latent discrete sites, or a function
             from site names to estimators or ``None``: ``IMLE``, ``AdaptiveIMLE``,
-            ``StraightThrough``, ``GumbelSoftmaxST``, ``ReinMax`` or ``SIMPLE``.
+            ``StraightThrough``, ``GumbelSoftmaxST``, ``ReinMax`` or ``SIMPLE``. Left out, sites say
+            so themselves, by ``infer={"estimator": IMLE()}``.
 
     Returns:
         ``fn`` with these gradients.

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyro_gradest.estimators import antithetic_probs, antithetic_score
 from pyro_gradest.infer._random import OtherRandomNumbersError, is_rng_state, replayed, rng_state
-from pyro_gradest.infer._sites import Site, Trace, is_score_site, is_subsample, samples
+from pyro_gradest.infer._site_estimators import SiteEstimators, is_score_site
+from pyro_gradest.infer._sites import Site, Trace, is_subsample, samples
 from pyro_gradest.infer._trace import Program, trace_particles
 
 Draws = dict[str, Site]
@@ -27,10 +28,10 @@ def trace_pair(
     start = rng_state()
     with _NoteDraws() as notes:
         first = trace_particles(program, num_particles)
-    draws = _bernoulli_draws(first[1])
+    draws = _bernoulli_draws(first[1], program.estimators)
     with replayed(start), _DrawPartners(draws, notes.states):
         second = trace_particles(program, num_particles)
-    partners = _bernoulli_draws(second[1])
+    partners = _bernoulli_draws(second[1], program.estimators)
     for name in sorted(draws.keys() ^ partners.keys()):
         raise ValueError(
             f"Guide site {name!r} is drawn at one of the two draws of an antithetic pair only, as "
@@ -108,14 +109,14 @@ class _DrawPartners(Messenger):
 def _is_bernoulli_draw(msg: Site) -> bool:
     """Whether the site is about to draw, and from a Bernoulli distribution."""
     is_drawn = not (msg["done"] or msg["is_observed"] or is_subsample(msg))
-    return is_drawn and is_score_site(msg, "pathwise") and _is_bernoulli(msg["fn"])
+    return is_drawn and _is_bernoulli(msg["fn"]) and not msg["fn"].has_rsample
 
 
-def _bernoulli_draws(guide_trace: Trace) -> Draws:
+def _bernoulli_draws(guide_trace: Trace, estimators: SiteEstimators) -> Draws:
     """The score-function sites, each of which has to be Bernoulli."""
     draws = {}
     for name, site in samples(guide_trace):
-        if not is_score_site(site, "pathwise"):
+        if not is_score_site(site, estimators):
             continue
         if not _is_bernoulli(site["fn"]):
             raise ValueError(

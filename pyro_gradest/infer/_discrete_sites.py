@@ -34,7 +34,7 @@ from pyro_gradest.estimators import (
     threshold,
 )
 from pyro_gradest.estimators.discrete._subset_sampler import SplitNoise, of_items, subset_sampler
-from pyro_gradest.infer._sites import Site, is_subsample
+from pyro_gradest.infer._sites import Site, is_subsample, own_estimator
 
 Estimator = IMLE | AdaptiveIMLE | StraightThrough | GumbelSoftmaxST | ReinMax | SIMPLE
 ESTIMATORS = (IMLE, AdaptiveIMLE, StraightThrough, GumbelSoftmaxST, ReinMax, SIMPLE)
@@ -84,13 +84,13 @@ class DiscreteSites(Messenger):
     """Gives chosen discrete sites of a program a gradient.
 
     ``config`` is an estimator by name of the site, a function from names to estimators (or
-    ``None``), or one estimator for every latent discrete site.
+    ``None``), one estimator for every latent discrete site, or ``None`` for what sites say.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self._is_for_all = isinstance(config, ESTIMATORS)
-        self._choose = as_choice(config)
+        self._choose = None if config is None else as_choice(config)
         self._named = set(config) if isinstance(config, Mapping) else set()
         self._met: list[str] = []
         self._counts: dict[str, Tensor] = {}
@@ -113,7 +113,7 @@ class DiscreteSites(Messenger):
             return
         name = msg["name"]
         self._met.append(name)
-        estimator = self._choose(name)
+        estimator = self._choose(name) if self._choose else _as_it_says(msg)
         if estimator is None or (self._is_for_all and not _may_be_chosen(msg)):
             return
         _check_site(name, msg)
@@ -146,6 +146,16 @@ class DiscreteSites(Messenger):
         return draw
 
 
+def _as_it_says(msg: Site) -> Estimator | None:
+    estimator = own_estimator(msg)
+    return estimator if isinstance(estimator, ESTIMATORS) else None
+
+
+def carries_gradient(fn: Any) -> bool:
+    """Whether the draws of a distribution carry an estimator's gradient."""
+    return isinstance(_base(fn), _CarriesGradient)
+
+
 def as_choice(config: Any) -> Callable[[str], Estimator | None]:
     """The function from site names to estimators that ``config`` stands for."""
     if isinstance(config, ESTIMATORS):
@@ -162,7 +172,7 @@ def as_choice(config: Any) -> Callable[[str], Estimator | None]:
         return config
     raise TypeError(
         "imle needs estimators by site name, such as {'z': IMLE()}, one estimator for all discrete "
-        f"sites, or a function from names to estimators, got {config!r}."
+        f"sites, a function from names to estimators, or nothing, got {config!r}."
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_gradest.estimators import renyi_bound
 from pyro_gradest.infer._particles import read_particles
 from pyro_gradest.infer._plates import CommonPlates, common_plates, plate_dims
+from pyro_gradest.infer._site_estimators import SiteEstimators
 from pyro_gradest.infer._sites import Site, Trace, is_deterministic, samples
 from pyro_gradest.infer._trace import Program, trace_particles
 
@@ -31,7 +32,9 @@ def expected_bound(program: Program, num_particles: int, *, alpha: float) -> Flo
     The elements of the common plates are independent of each other, so that all of them go
     through the states of one together.
     """
-    program = program._replace(reparam="score", vectorize_particles=False, is_weighted=True)
+    program = program._replace(
+        estimators=SiteEstimators("score"), vectorize_particles=False, is_weighted=True
+    )
     with torch.no_grad():
         model_trace, guide_trace = trace_particles(program, 1)
     try:

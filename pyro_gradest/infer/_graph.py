@@ -14,6 +14,8 @@ class Cut(NamedTuple):
     """As it was computed."""
     copy: Tensor
     """The leaf that stands for it in all that follows, later values included."""
+    kind: str
+    """What is counted together."""
 
 
 def graph_leaves(tensor: Tensor, *, but: Collection[Tensor] = ()) -> list[Tensor]:
@@ -30,11 +32,12 @@ def graph_leaves(tensor: Tensor, *, but: Collection[Tensor] = ()) -> list[Tensor
     return leaves
 
 
-def through_cuts(function: Tensor, runs: Iterable[Sequence[Cut]]) -> Tensor:
-    """A scalar whose gradient is that of ``function``, but for what does not pass through cuts.
+def through_cuts(function: Tensor, runs: Iterable[Sequence[Cut]], *, kind: str) -> Tensor:
+    """A scalar whose gradient is that of ``function`` along the paths that start at cuts of a kind.
 
-    Linear in the values that were cut, each of which depends on the copies before it: the
-    derivative in a value is that of the function and that of all later values of its run.
+    Such a path may pass through any cuts after it. Linear in the values that were cut, each of
+    which depends on the copies before it: the derivative in a value is that of the function and
+    that of all later values of its run.
     """
     runs = [run for run in runs if run]
     copies = [cut.copy for run in runs for cut in run]
@@ -45,12 +48,13 @@ def through_cuts(function: Tensor, runs: Iterable[Sequence[Cut]]) -> Tensor:
     for run in runs:
         total = [next(slopes) for _ in run]
         for j in reversed(range(len(run))):
-            terms.append((total[j] * run[j].value).sum())
+            if run[j].kind == kind:
+                terms.append((total[j] * run[j].value).sum())
             earlier = [cut.copy for cut in run[:j]]
             if earlier:
                 carried = _derivatives(run[j].value, earlier, total[j])
                 total[:j] = [a + b for a, b in zip(total[:j], carried, strict=True)]
-    return torch.stack(terms).sum()
+    return torch.stack(terms).sum() if terms else torch.zeros_like(function)
 
 
 def _derivatives(tensor: Tensor, inputs: list[Tensor], weight: Tensor | None) -> Sequence[Tensor]:

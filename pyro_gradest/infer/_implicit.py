@@ -21,6 +21,7 @@ from pyro_gradest.infer._sites import (
     is_deterministic,
     is_subsample,
     mask_of,
+    own_estimator,
     samples,
 )
 
@@ -71,6 +72,11 @@ def _check_parents(name: str, parents: tuple[str, ...], sites: dict[str, Site]) 
                 f"would be that given {parent!r}, of which there is one draw for each value of "
                 f"{parent!r}: too few to estimate it from. Compute {name!r} from noise alone, or "
                 f"make {parent!r} and {name!r} parts of one implicit site."
+            )
+        if own_estimator(site) is not None:
+            raise ValueError(
+                f"Implicit site {name!r} is computed from {parent!r}, whose draws its gradient "
+                f"passes through. Remove the estimator {own_estimator(site)!r} of {parent!r}."
             )
         if not site["fn"].has_rsample:
             raise ValueError(

@@ -23,12 +23,11 @@ from pyro_gradest.infer._plates import (
     plate_dims,
     to_batch,
 )
+from pyro_gradest.infer._site_estimators import SiteEstimators, is_apart, is_score_site
 from pyro_gradest.infer._sites import (
     Site,
     Trace,
     both,
-    is_path_draw,
-    is_score_site,
     log_density,
     mask_of,
     samples,
@@ -39,8 +38,9 @@ Scale = float | Tensor
 Turn = tuple[int, ...]
 
 _PARTS = ("log_p", "log_q_score", "log_q_path", "log_q_draw", "antithetic")
-_DRAWN = ("log_q_score", "log_q_draw")
-"""Parts that hold the density of a draw, which happens whatever its scale and mask."""
+_NOT_DRAWN = ("log_p", "log_q_path")
+"""All other parts hold the density of a draw, which happens whatever its scale and mask."""
+_SIGNAL = "signal of "
 
 
 class Particles(NamedTuple):
@@ -66,11 +66,15 @@ class Particles(NamedTuple):
     """For each site the largest term that it adds to a log-weight: NaN or +inf show a fault."""
     paths: tuple[tuple[Cut, ...], ...]
     """Under ``"dreg"`` and ``"stl"``: the reparameterised draws of each run, in their order."""
+    log_q_signals: dict[str, Float[Tensor, " K *batch"]]
+    """As ``log_q_score``, of the sites with a learning signal of their own: one entry for each
+    signal, by the first site that has it."""
 
     @property
     def log_weights(self) -> Float[Tensor, " K *batch"]:
         """log p(x, z) - log q(z), detached."""
-        return (self.log_p - self.log_q_path - self.log_q_score - self.log_q_draw).detach()
+        log_weights = self.log_p - self.log_q_path - self.log_q_score - self.log_q_draw
+        return (log_weights - sum(self.log_q_signals.values())).detach()
 
 
 def run_particles(program: Program, num_particles: int) -> Particles:
@@ -89,14 +93,19 @@ def _run(program: Program, num_particles: int) -> Particles:
 
 def concatenate(runs: list[Particles]) -> Particles:
     """Join particles along axis 0."""
-    *parts, largest, paths = zip(*runs, strict=True)
+    *parts, largest, paths, log_q_signals = zip(*runs, strict=True)
     tensors = map(torch.cat, parts)
     by_site: dict[str, list[Tensor]] = defaultdict(list)
     for run in largest:  # particles may take branches of their own
         for site, terms in run.items():
             by_site[site].append(terms)
     joined = {site: torch.cat(terms) for site, terms in by_site.items()}
-    return Particles._make([*tensors, joined, sum(paths, ())])
+    zeros = [torch.zeros_like(log_p) for log_p in parts[0]]
+    signals = {
+        key: torch.cat([run.get(key, zero) for run, zero in zip(log_q_signals, zeros, strict=True)])
+        for key in dict.fromkeys(key for run in log_q_signals for key in run)
+    }
+    return Particles._make([*tensors, joined, sum(paths, ()), signals])
 
 
 def read_particles(
@@ -106,7 +115,7 @@ def read_particles(
     plates = common_plates(model_trace, guide_trace, is_weighted=program.is_weighted)
     terms = [_read_site("log_p", name, site, plates) for name, site in samples(model_trace)]
     for name, site in samples(guide_trace):
-        terms.append(_read_site(_part_of(site, program.reparam), name, site, plates))
+        terms.append(_read_site(_part_of(site, program.estimators), name, site, plates))
 
     common_scale = _common_scale(terms, plates)
     is_active = _is_active(terms, plates)
@@ -121,7 +130,7 @@ def read_particles(
         if total.numel():
             added = total.detach() if term.part == "log_p" else -total.detach()
             largest[_where(term)] = added.amax().reshape(1)
-        if term.part in _DRAWN and (is_scaled or term.mask is not True):
+        if term.part not in _NOT_DRAWN and (is_scaled or term.mask is not True):
             density = to_batch(log_density(term.site), term.dims, plates)
             if isinstance(is_active, Tensor):
                 density = density.masked_fill(~is_active, 0.0)
@@ -134,27 +143,30 @@ def read_particles(
                 antithetic = antithetic.masked_fill(~is_active, 0.0)
             totals["antithetic", term.turn].append(antithetic)
 
-    tensors = _stack_turns(totals, plates)
+    parts = _stack_turns(totals, plates)
+    tensors = [parts.pop(part) for part in _PARTS]
     if isinstance(common_scale, Tensor) and plates.sequential:
         common_scale = common_scale[..., None]
     tensors.append(torch.full_like(tensors[0], plates.subsample_scale) * common_scale)
     if PARTICLE_PLATE not in plates.names:
         tensors = [tensor.expand(num_particles, *tensor.shape) for tensor in tensors]
+        parts = {part: total.expand(num_particles, *total.shape) for part, total in parts.items()}
     path = tuple(
-        Cut(site["path_value"], site["value"])
+        Cut(site["path_value"], site["value"], program.estimators.path_kind(site))
         for _, site in samples(guide_trace)
         if "path_value" in site
     )
-    return Particles._make([*tensors, largest, (path,)])
+    signals = {part.removeprefix(_SIGNAL): total for part, total in parts.items()}
+    return Particles._make([*tensors, largest, (path,), signals])
 
 
 def _pair(first: Particles, partner: Particles) -> Particles:
     """The two draws of a pair along one more axis of the batch, in front; each counts half."""
     runs = [first, partner]
-    *parts, largest, paths = zip(*runs, strict=True)
+    *parts, largest, paths, _ = zip(*runs, strict=True)
     *tensors, bound_scale = (torch.stack(part, dim=1) for part in parts)
     joined = {site: torch.cat([one, largest[1][site]]) for site, one in largest[0].items()}
-    return Particles._make([*tensors, bound_scale / 2, joined, sum(paths, ())])
+    return Particles._make([*tensors, bound_scale / 2, joined, sum(paths, ()), {}])
 
 
 class _Term(NamedTuple):
@@ -172,11 +184,13 @@ class _Term(NamedTuple):
     mask: bool | Tensor
 
 
-def _part_of(site: Site, reparam: str) -> str:
-    if is_score_site(site, reparam):
+def _part_of(site: Site, estimators: SiteEstimators) -> str:
+    """Where the density of a guide site goes: a field of the particles, or the key of a signal."""
+    if (key := estimators.note(site)) is not None:
+        return _SIGNAL + key
+    if is_score_site(site, estimators):
         return "log_q_score"
-    is_apart = reparam != "split" and is_path_draw(site, reparam)
-    return "log_q_draw" if is_apart else "log_q_path"
+    return "log_q_draw" if is_apart(site, estimators) else "log_q_path"
 
 
 def _read_site(part: str, name: str, site: Site, plates: CommonPlates) -> _Term:
@@ -200,15 +214,15 @@ def _read_site(part: str, name: str, site: Site, plates: CommonPlates) -> _Term:
 
 def _stack_turns(
     totals: dict[tuple[str, Turn], list[Tensor]], plates: CommonPlates
-) -> list[Tensor]:
+) -> dict[str, Tensor]:
     """Sum each part, ``[*plates]``, with the turns of sequential plates as one more axis."""
     turns = sorted({turn for _, turn in totals}) or [()]
     example = next(iter(totals.values()))[0] if totals else torch.zeros(plates.sizes)
     zero = torch.zeros_like(example)
-    parts = []
-    for part in _PARTS:
-        sums = [sum(totals[part, turn], zero) for turn in turns]
-        parts.append(torch.stack(sums, dim=-1) if plates.sequential else sums[0])
+    parts = {}
+    for part in dict.fromkeys([*_PARTS, *(part for part, _ in totals)]):
+        sums = [sum(totals.get((part, turn), ()), zero) for turn in turns]
+        parts[part] = torch.stack(sums, dim=-1) if plates.sequential else sums[0]
     return parts
 
 

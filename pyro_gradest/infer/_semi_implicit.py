@@ -21,12 +21,12 @@ from pyro_gradest.infer._plates import (
     plate_dims,
     to_batch,
 )
+from pyro_gradest.infer._site_estimators import is_score_site
 from pyro_gradest.infer._sites import (
     Site,
     Trace,
     is_auxiliary,
     is_deterministic,
-    is_score_site,
     log_density,
     samples,
 )
@@ -100,7 +100,7 @@ def _read(
         if not is_auxiliary(site):
             log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
             parts["log_q"].append(to_batch(log_prob, dims, plates))
-        if is_score_site(site, program.reparam):
+        if is_score_site(site, program.estimators):
             part = "log_noise" if is_auxiliary(site) else "log_drawn"
             parts[part].append(to_batch(log_density(site), dims, plates))
     zero = torch.zeros_like(parts["log_q"][0])

@@ -8,8 +8,8 @@ from torch import Tensor
 
 Site = Any  # a message of the host's, whose type has all fields optional
 Trace = poutine.Trace
-TOLD_APART = ("dreg", "stl", "split")
-"""Where the gradient along the path through draws is told from all others."""
+ESTIMATOR = "estimator"
+"""Where in a site's ``infer`` its estimator stands."""
 
 
 def samples(trace: Trace) -> list[tuple[str, Site]]:
@@ -23,18 +23,9 @@ def samples(trace: Trace) -> list[tuple[str, Site]]:
     ]
 
 
-def is_score_site(site: Site, reparam: str) -> bool:
-    fn = site["fn"]
-    if site["is_observed"]:
-        # A factor stands for a draw that the guide has made by itself.
-        return isinstance(fn, dist.Unit) and not fn.has_rsample
-    return not is_deterministic(fn) and (reparam == "score" or not fn.has_rsample)
-
-
-def is_path_draw(site: Site, reparam: str) -> bool:
-    """Whether the site is a draw whose gradient has to be told from that of densities."""
-    is_draw = not (site["is_observed"] or is_deterministic(site["fn"]))
-    return reparam in TOLD_APART and is_draw and not is_score_site(site, reparam)
+def own_estimator(site: Site) -> Any:
+    """What a site says that its estimator be."""
+    return (site["infer"] or {}).get(ESTIMATOR)
 
 
 def is_auxiliary(site: Site) -> bool:

@@ -16,12 +16,18 @@ from torch import Tensor
 
 from pyro_gradest.infer._implicit import Parents, take_implicit_sites
 from pyro_gradest.infer._plates import PARTICLE_PLATE, CommonPlates, plate_dims
+from pyro_gradest.infer._site_estimators import (
+    SiteEstimators,
+    check_observed,
+    is_on_path,
+    is_path_draw,
+    is_score_site,
+)
 from pyro_gradest.infer._sites import (
     Site,
     Trace,
     is_auxiliary,
-    is_path_draw,
-    is_score_site,
+    is_deterministic,
     is_subsample,
     samples,
 )
@@ -34,10 +40,8 @@ class Program(NamedTuple):
     guide: Callable
     args: tuple
     kwargs: dict[str, Any]
-    reparam: str
-    """``"pathwise"``; ``"score"`` to take the score function at every random guide site;
-    ``"dreg"`` or ``"stl"`` to tell the gradient of reparameterised draws from all others;
-    ``"split"`` to tell it from that of the model alone."""
+    estimators: SiteEstimators
+    """How the gradient at each guide site is estimated."""
     is_weighted: bool
     """Whether particles are weighed against each other, so that log-weights must be whole."""
     vectorize_particles: bool
@@ -65,12 +69,12 @@ def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]
         messenger = poutine.unwrap(guide)
         if isinstance(messenger, GuideMessenger):
             # It runs the model itself, with its own draws.
-            with _DetachScoreSites(program.reparam), _CutPathDraws(program.reparam):
-                guide(*args, **kwargs)
+            _run_guide(program, guide)
             model_trace, guide_trace = messenger.get_traces()
+            check_observed(guide_trace)
         else:
-            with _DetachScoreSites(program.reparam), _CutPathDraws(program.reparam):
-                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            guide_trace = _run_guide(program, poutine.trace(guide).get_trace)
+            check_observed(guide_trace)
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
                 *args, **kwargs
             )
@@ -83,17 +87,30 @@ def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]
         check_model_guide_match(model_trace, guide_trace, nesting)
     model_trace, guide_trace = map(prune_subsample_sites, (model_trace, guide_trace))
     model_trace.compute_log_prob()
-    if program.reparam == "score":
-        guide_trace.compute_log_prob()
-    else:
+    path = [item for item in samples(guide_trace) if is_on_path(item[1], program.estimators)]
+    if path:
         guide_trace.compute_score_parts()
-        _refuse_rejection(guide_trace)
+        _refuse_rejection(path)
+    else:
+        guide_trace.compute_log_prob()
     if is_validation_enabled():
         for _, site in samples(model_trace) + samples(guide_trace):
             check_site_shape(site, nesting)  # type: ignore[arg-type]  # may be inf
     for name, site in samples(model_trace) + samples(guide_trace):
         _check_left_of_plates(name, site)
     return model_trace, guide_trace
+
+
+def _run_guide(program: Program, guide: Callable) -> Any:
+    """Run the guide, and once more if it shows too late that draws have to be cut."""
+    is_cutting = program.estimators.splits_path or program.estimators.default in ("dreg", "stl")
+    while True:
+        cut = _CutPathDraws(program.estimators, is_cutting=is_cutting)
+        with _DetachScoreSites(program.estimators), cut:
+            result = guide(*program.args, **program.kwargs)
+        if not cut.has_missed:
+            return result
+        is_cutting = True
 
 
 def trace_guide_at(
@@ -117,7 +134,7 @@ def trace_guide_at(
                 value = value.reshape((1,) * missing + value.shape)
                 value = value.repeat(num_copies, *[1] * (value.dim() - 1))
             latents[name] = value
-    with ShareSubsamples(program.subsamples), _DetachScoreSites(program.reparam):
+    with ShareSubsamples(program.subsamples), _DetachScoreSites(program.estimators):
         trace = poutine.trace(poutine.condition(guide, latents)).get_trace(
             *program.args, **program.kwargs
         )
@@ -194,12 +211,16 @@ class ShareSubsamples(Messenger):
 class _DetachScoreSites(Messenger):
     """Stops gradients at the values of the guide's score-function sites."""
 
-    def __init__(self, reparam: str) -> None:
+    def __init__(self, estimators: SiteEstimators) -> None:
         super().__init__()
-        self.reparam = reparam
+        self.estimators = estimators
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if not is_subsample(msg):
+            self.estimators.at(msg)  # raises before anything is drawn
 
     def _pyro_post_sample(self, msg: Site) -> None:
-        if not is_subsample(msg) and is_score_site(msg, self.reparam):
+        if not is_subsample(msg) and is_score_site(msg, self.estimators):
             # A new tensor, also where the value has no gradient: transforms remember what they
             # made it of, and by that their parameters would drop out of its log-probability.
             msg["value"] = msg["value"].detach()
@@ -209,28 +230,41 @@ class _CutPathDraws(Messenger):
     """Hands on a copy of each reparameterised draw that gradients do not pass.
 
     All that follows the draw depends on the copy, so that a derivative in the copies is the one
-    along the path and nothing else; ``path_value`` keeps the draw as the parameters made it.
+    along the path and nothing else; ``path_value`` keeps the draw as the parameters made it. Where
+    no site needs that, nothing is cut; where one does, all before it have to be, too.
     """
 
-    def __init__(self, reparam: str) -> None:
+    def __init__(self, estimators: SiteEstimators, *, is_cutting: bool) -> None:
         super().__init__()
-        self.reparam = reparam
+        self.estimators = estimators
+        self.is_cutting = is_cutting
+        self._has_passed = False
 
     def _pyro_post_sample(self, msg: Site) -> None:
-        if not is_subsample(msg) and is_path_draw(msg, self.reparam) and msg["value"].requires_grad:
+        if is_subsample(msg) or not is_on_path(msg, self.estimators):
+            return
+        self.is_cutting = self.is_cutting or is_path_draw(msg, self.estimators)
+        self._has_passed = self._has_passed or not self.is_cutting
+        if self.is_cutting and msg["value"].requires_grad:
             msg["path_value"] = msg["value"]
             msg["value"] = msg["value"].detach().requires_grad_()
 
+    @property
+    def has_missed(self) -> bool:
+        """Whether a draw was passed that should have been cut."""
+        return self.is_cutting and self._has_passed
+
 
 def _check_path_draws(program: Program, guide_trace: Trace) -> None:
-    if program.reparam not in ("dreg", "stl"):
+    reparam = program.estimators.default
+    if reparam not in ("dreg", "stl"):
         return
-    if not any(is_path_draw(site, program.reparam) for _, site in samples(guide_trace)):
-        sites = sorted(name for name, site in samples(guide_trace) if not site["is_observed"])
+    draws = [(name, site) for name, site in samples(guide_trace) if not site["is_observed"]]
+    if not any(site["fn"].has_rsample and not is_deterministic(site["fn"]) for _, site in draws):
         raise ValueError(
-            f'reparam="{program.reparam}" is about guide sites with a reparameterised sampler, but '
-            f"the guide has none (it samples {sites or 'nothing'}). Use the default reparam, which "
-            "treats other sites alike."
+            f'reparam="{reparam}" is about guide sites with a reparameterised sampler, but the '
+            f"guide has none (it samples {sorted(name for name, _ in draws) or 'nothing'}). Use "
+            "the default reparam, which treats other sites alike."
         )
 
 
@@ -283,12 +317,12 @@ def _check_match(program: Program, model_trace: Trace, guide_trace: Trace) -> No
             )
 
 
-def _refuse_rejection(guide_trace: Trace) -> None:
-    for name, site in samples(guide_trace):
+def _refuse_rejection(sites: list[tuple[str, Site]]) -> None:
+    for name, site in sites:
         _, score_function, entropy_term = site["score_parts"]
         if not (is_identically_zero(score_function) or is_identically_zero(entropy_term)):
             raise NotImplementedError(
                 f"Guide site {name!r} ({type(site['fn']).__name__}) samples by rejection: its "
                 "gradient has a score part and a path part. Use a distribution that is fully "
-                'reparameterised, or reparam="score".'
+                'reparameterised, reparam="score", or infer={"estimator": "score"} there.'
             )

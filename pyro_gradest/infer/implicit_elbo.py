@@ -37,7 +37,7 @@ from pyro_gradest.infer._particles import (
 )
 from pyro_gradest.infer._random import replayed
 from pyro_gradest.infer._trace import Program, deepest_plate, trace_particles
-from pyro_gradest.infer.multisample_elbo import program_of
+from pyro_gradest.infer.multisample_elbo import program_of, signal_surrogate
 
 ScoreEstimator = Callable[[Float[Tensor, " *plates K D"]], Float[Tensor, " *plates K D"]]
 
@@ -68,7 +68,8 @@ class ImplicitELBO(ELBO):
             ``None`` is :func:`stein_score`, with the kernel :class:`IMQ` at 0.7 times the median
             distance, corrected by :func:`calibrate_score`.
         reparam: ``"pathwise"`` differentiates through the values of explicit guide sites with a
-            reparameterised sampler; ``"score"`` takes the score function at all of them.
+            reparameterised sampler; ``"score"`` takes the score function at all of them. Each may
+            choose for itself, by ``infer={"estimator": ...}``.
         host_options: Options of the host's ``ELBO``: ``max_plate_nesting``,
             ``vectorize_particles``, ``retain_graph`` and others.
 
@@ -113,6 +114,9 @@ class ImplicitELBO(ELBO):
         <https://arxiv.org/abs/1705.07107>`_, 2018, section 2.1 and eq. 3.
     """
 
+    _reparams = ("pathwise", "score")
+    _signal_target = 1.0
+
     def __init__(
         self,
         num_particles: int,
@@ -127,7 +131,7 @@ class ImplicitELBO(ELBO):
                 "ImplicitELBO estimates an entropy from its particles and needs num_particles >= "
                 f"2 (better five per dimension), got {num_particles}."
             )
-        if reparam not in ("pathwise", "score"):
+        if reparam not in self._reparams:
             raise ValueError(f'ImplicitELBO needs reparam="pathwise" or "score", got {reparam!r}.')
         if score_estimator is not None and not callable(score_estimator):
             raise TypeError(
@@ -177,8 +181,9 @@ class ImplicitELBO(ELBO):
         Raises:
             ValueError: As :meth:`loss_and_grads`.
         """
-        particles, groups = self._run(self._program(model, guide, args, kwargs))
-        surrogate = self._explicit_surrogate(particles)
+        program = self._program(model, guide, args, kwargs)
+        particles, groups = self._run(program)
+        surrogate = self._explicit_surrogate(program, particles)
         for group in groups:
             samples = group.samples.movedim(0, -2)
             entropy = entropy_surrogate(samples, score_estimator=self.score_estimator)
@@ -244,16 +249,21 @@ class ImplicitELBO(ELBO):
                 )
         return concatenate(particles), joined
 
-    def _explicit_surrogate(self, particles: Particles) -> Float[Tensor, ""]:
+    def _explicit_surrogate(self, program: Program, particles: Particles) -> Float[Tensor, ""]:
         elbo, scale = particles.log_weights, particles.bound_scale / self.num_particles
         others = (elbo.sum(dim=0) - elbo) / (self.num_particles - 1)
-        return linear_surrogate(
-            particles.log_p,
-            particles.log_q_path,
-            particles.log_q_score,
-            weights=scale,
-            learning_signal=scale * (elbo - others),
-        ).sum()
+        signals = program.estimators.own_signals(elbo)
+        signals = {key: particles.bound_scale * signal for key, signal in signals.items()}
+        return (
+            signal_surrogate(particles, signals)
+            + linear_surrogate(
+                particles.log_p,
+                particles.log_q_path,
+                particles.log_q_score,
+                weights=scale,
+                learning_signal=scale * (elbo - others),
+            ).sum()
+        )
 
     def _elbo(self, particles: Particles, groups: list[ImplicitGroup]) -> Float[Tensor, ""]:
         elbo = (particles.bound_scale[0] * particles.log_weights.mean(dim=0)).sum()

@@ -15,6 +15,7 @@ from pyro_gradest.estimators import effective_sample_size, iwae_bound
 from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.infer._particles import concatenate, read_particles, refuse_log_weights
 from pyro_gradest.infer._plates import common_plates
+from pyro_gradest.infer._site_estimators import SiteEstimators
 from pyro_gradest.infer._trace import latent_axes, latent_values, trace_particles
 from pyro_gradest.infer.iwae import IWAE
 from pyro_gradest.infer.multisample_elbo import program_of
@@ -105,6 +106,7 @@ def importance_samples(
         num_particles, max_plate_nesting=max_plate_nesting, vectorize_particles=vectorize_particles
     )
     program = program_of(elbo, model, guide, args, kwargs)
+    program = program._replace(estimators=SiteEstimators("pathwise"))  # nothing is differentiated
     runs, values = [], []
     with torch.no_grad():
         for size in [num_particles] if vectorize_particles else [1] * num_particles:

@@ -37,31 +37,46 @@ from pyro_gradest.infer._random import (
     rng_state,
     set_rng_state,
 )
-from pyro_gradest.infer._sites import TOLD_APART
+from pyro_gradest.infer._site_estimators import SiteEstimators
 from pyro_gradest.infer._trace import Program, trace_particles
 
 
 class Coefficients(NamedTuple):
-    """What multiplies the log-probabilities of the particles; all are ``[K, replicates, *batch]``.
-
-    What is ``None`` does not differ from what comes before it, or is of no use.
-    """
+    """What the log-probabilities are multiplied by, ``[K, replicates, *batch]``."""
 
     weights: Tensor
     """b, of log p and, subtracted, of the log q of reparameterised sites."""
     learning_signal: Tensor
     """a, of the log q of score-function sites."""
+    signals: dict[str, Tensor]
+    """a of the sites with a learning signal of their own, by its key."""
     path_weights: Tensor | None = None
-    """As ``weights``, along the path through the reparameterised draws."""
-    path_signal: Tensor | None = None
-    """As ``learning_signal``, along that path."""
+    """If there are ``"dreg"`` sites: of the log-weights along the path through their draws."""
     model_weights: Tensor | None = None
-    """As ``weights``, of log p other than along that path."""
+    """Of log p other than along the path, if these are not ``weights``."""
     antithetic_signal: Tensor | None = None
     """a once more, at antithetic pairs."""
 
-    def map(self, function: Callable[[Tensor], Any]) -> "Coefficients":
-        return Coefficients._make(None if one is None else function(one) for one in self)
+    def along_path(self, kind: str) -> "Coefficients":
+        """Those along the path that starts at the draws of a kind."""
+        whole = Coefficients(self.weights, self.learning_signal, self.signals)
+        moved = self.path_weights
+        if kind != "dreg" or moved is None:
+            return whole
+        # The path moves the weights, those of the score-function sites included.
+        return Coefficients(
+            moved,
+            self.learning_signal - moved,
+            {key: signal - moved for key, signal in self.signals.items()},
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Coefficients":
+        """A function of each coefficient."""
+        signals = {key: function(signal) for key, signal in self.signals.items()}
+        others = (None if one is None else function(one) for one in self[3:])
+        return Coefficients(
+            function(self.weights), function(self.learning_signal), signals, *others
+        )
 
 
 class MultiSampleELBO(ELBO):
@@ -81,7 +96,8 @@ class MultiSampleELBO(ELBO):
             through their values; ``"dreg"`` does so doubly reparameterised: the same expectation
             and a signal-to-noise ratio that does not fall with K; ``"stl"`` leaves the score of
             their density out, which is biased for K > 1; ``"score"`` takes the score function at
-            every random site.
+            every random site. A site may choose for itself, by ``infer={"estimator": ...}`` or
+            ``configure_estimators``.
         alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
             (the ELBO, averaged over the particles).
         num_replicates: Number of independent K-particle bounds that are averaged: MIWAE.
@@ -213,31 +229,39 @@ class MultiSampleELBO(ELBO):
             return of_elbo
         return (1 - self.elbo_weight) * of_order(alpha=self.alpha) + self.elbo_weight * of_elbo
 
+    @property
+    def _signal_target(self) -> float | str | None:
+        """What learning signals of sites have to be for: the bound of this order, if of one."""
+        if self.elbo_weight == 0:
+            return float(self.alpha)
+        return 1.0 if self.elbo_weight == 1 else None
+
+    def _own_signals(
+        self, estimators: SiteEstimators, log_weights: Float[Tensor, " K *batch"]
+    ) -> dict[str, Float[Tensor, " K *batch"]]:
+        """Full coefficients of grad log q at sites that have a learning signal of their own."""
+        return estimators.own_signals(log_weights)
+
     def _coefficients(
         self,
         program: Program,
         log_weights: Float[Tensor, " K *batch"],
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
     ) -> Coefficients:
-        weights = self._weights(log_weights)
-        signal = self._learning_signal(program, log_weights, auxiliary_log_weights)
-        coefficients = Coefficients(weights, signal)
-        if self.reparam == "dreg":
-            path_weights = self._path_weights(log_weights)
-            # The path moves the weights, those of the score-function sites included.
-            coefficients = Coefficients(weights, signal, path_weights, signal - path_weights)
-        elif self._reparam_of_program in TOLD_APART:
-            coefficients = Coefficients(weights, signal, weights, signal)
-        if self.pool_replicates:
-            of_all = self._weights(log_weights.reshape(-1, *log_weights.shape[2:]))
-            model_weights = self.num_replicates * of_all.reshape(log_weights.shape)
-            coefficients = coefficients._replace(model_weights=model_weights)
-        return coefficients
+        has_dreg = "dreg" in program.estimators.met
+        return Coefficients(
+            weights=self._weights(log_weights),
+            learning_signal=self._learning_signal(program, log_weights, auxiliary_log_weights),
+            signals=self._own_signals(program.estimators, log_weights),
+            path_weights=self._path_weights(log_weights) if has_dreg else None,
+            model_weights=self._pooled_weights(log_weights) if self.pool_replicates else None,
+        )
 
-    @property
-    def _reparam_of_program(self) -> str:
-        is_split = self.pool_replicates and self.reparam == "pathwise"
-        return "split" if is_split else self.reparam
+    def _pooled_weights(
+        self, log_weights: Float[Tensor, " K *batch"]
+    ) -> Float[Tensor, " K *batch"]:
+        of_all = self._weights(log_weights.reshape(-1, *log_weights.shape[2:]))
+        return self.num_replicates * of_all.reshape(log_weights.shape)
 
     @property
     def _is_weighted(self) -> bool:
@@ -351,9 +375,8 @@ class MultiSampleELBO(ELBO):
                 auxiliary = self._by_replicate(others[0].log_weights)
 
         scale = particles.bound_scale / self.num_replicates
-        coefficients = self._coefficients(program, log_weights, auxiliary).map(
-            lambda one: scale * one.reshape(scale.shape)
-        )
+        coefficients = self._coefficients(program, log_weights, auxiliary)
+        coefficients = coefficients.map(lambda one: scale * one.reshape(scale.shape))
         if self.chunk_size is None:
             surrogate = _surrogate(particles, coefficients)
         else:
@@ -401,7 +424,7 @@ def program_of(elbo: Any, model: Callable, guide: Callable, args: tuple, kwargs:
         guide=guide,
         args=args,
         kwargs=kwargs,
-        reparam=getattr(elbo, "_reparam_of_program", elbo.reparam),
+        estimators=SiteEstimators.of(elbo),
         is_weighted=getattr(elbo, "_is_weighted", elbo.num_particles > 1),
         vectorize_particles=elbo.vectorize_particles,
         max_plate_nesting=elbo.max_plate_nesting - host_counts_particles,
@@ -472,25 +495,46 @@ def _rerun(program: Program, chunk: _Chunk) -> Particles:
 
 
 def _surrogate(particles: Particles, coefficients: Coefficients) -> Tensor:
-    weights, signal, path_weights, path_signal, model_weights, antithetic_signal = coefficients
-    log_p, log_q_score, log_q_path, log_q_draw, antithetic, *_ = particles
-    nothing = torch.zeros_like(log_p)
-    surrogate = nothing.sum()
-    if model_weights is not None:
-        surrogate = surrogate + _total(log_p, nothing, nothing, model_weights, nothing)
-    own_log_p = log_p if model_weights is None else nothing
-    surrogate = surrogate + _total(own_log_p, log_q_path, log_q_score, weights, signal)
-    if antithetic_signal is not None:
-        surrogate = surrogate + _total(nothing, nothing, antithetic, nothing, antithetic_signal)
-    if not (path_weights is None or path_signal is None):
-        along_path = _total(log_p, log_q_path + log_q_draw, log_q_score, path_weights, path_signal)
-        surrogate = surrogate + through_cuts(along_path, particles.paths)
+    surrogate = _linear(particles, coefficients)
+    along_path = particles._replace(log_q_path=particles.log_q_path + particles.log_q_draw)
+    for kind in sorted({cut.kind for path in particles.paths for cut in path}):
+        moved = _linear(along_path, coefficients.along_path(kind))
+        surrogate = surrogate + through_cuts(moved, particles.paths, kind=kind)
     return surrogate
+
+
+def _linear(particles: Particles, coefficients: Coefficients) -> Float[Tensor, ""]:
+    log_p, nothing = particles.log_p, torch.zeros_like(particles.log_p)
+    surrogate = signal_surrogate(particles, coefficients.signals)
+    if coefficients.model_weights is not None:
+        surrogate = surrogate + _total(log_p, nothing, nothing, coefficients.model_weights, nothing)
+        log_p = nothing
+    if (signal := coefficients.antithetic_signal) is not None:
+        surrogate = surrogate + _total(nothing, nothing, particles.antithetic, nothing, signal)
+    return surrogate + _total(
+        log_p,
+        particles.log_q_path,
+        particles.log_q_score,
+        coefficients.weights,
+        coefficients.learning_signal,
+    )
+
+
+def signal_surrogate(
+    particles: Particles, signals: dict[str, Float[Tensor, " K *batch"]]
+) -> Float[Tensor, ""] | float:
+    """What sites with a learning signal of their own add to the surrogate."""
+    nothing = torch.zeros_like(particles.log_p)
+    terms = [
+        _total(nothing, nothing, log_q, nothing, signals[key])
+        for key, log_q in particles.log_q_signals.items()
+    ]
+    return sum(terms, 0.0)
 
 
 def _total(
     log_p: Tensor, log_q_path: Tensor, log_q_score: Tensor, weights: Tensor, signal: Tensor
-) -> Tensor:
+) -> Float[Tensor, ""]:
     return linear_surrogate(
         log_p, log_q_path, log_q_score, weights=weights, learning_signal=signal
     ).sum()

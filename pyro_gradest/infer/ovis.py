@@ -43,7 +43,8 @@ class OVIS(MultiSampleELBO):
             through their values; ``"dreg"`` does so doubly reparameterised: the same expectation
             and a signal-to-noise ratio that does not fall with K; ``"stl"`` leaves the score of
             their density out, which is biased for K > 1; ``"score"`` takes the score function at
-            every random site.
+            every random site. A site may choose for itself, by ``infer={"estimator": ...}`` or
+            ``configure_estimators``.
         alpha: Order of the variational Renyi bound, between 0 (the importance-weighted bound) and 1
             (the ELBO, averaged over the particles).
         num_replicates: Number of independent K-particle bounds to average: MIWAE.

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_gradest.estimators import wake_phi_dreg_weights, wake_phi_learning_signal
 from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.infer._dreams import dream_log_q
+from pyro_gradest.infer._site_estimators import WAKE_PHI, SiteEstimators
 from pyro_gradest.infer._trace import Program
 from pyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
@@ -45,7 +46,7 @@ class ReweightedWakeSleep(MultiSampleELBO):
             drawn from the model, by name.
         reparam: ``"score"`` takes the score function at every random guide site; ``"dreg"`` takes
             wake-phi doubly reparameterised at sites that allow it, with the same expectation and
-            less noise.
+            less noise. A site may choose between them, by ``infer={"estimator": ...}``.
         num_replicates: Number of independent wake phases of K particles to average.
         chunk_size: Run particles in chunks of this size: memory does not grow with
             ``num_particles``, at three forward passes instead of one.
@@ -138,6 +139,16 @@ class ReweightedWakeSleep(MultiSampleELBO):
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
     ) -> Float[Tensor, " K *batch"]:
         return self.insomnia * wake_phi_learning_signal(log_weights)
+
+    @property
+    def _signal_target(self) -> str:
+        return WAKE_PHI
+
+    def _own_signals(
+        self, estimators: SiteEstimators, log_weights: Float[Tensor, " K *batch"]
+    ) -> dict[str, Float[Tensor, " K *batch"]]:
+        signals = estimators.own_signals(log_weights)
+        return {key: self.insomnia * signal for key, signal in signals.items()}
 
     def _path_weights(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " K *batch"]:
         return self.insomnia * wake_phi_dreg_weights(log_weights)

@@ -50,7 +50,8 @@ class SemiImplicitELBO(ELBO):
         num_particles: K, the number of draws of z that are averaged.
         num_mixing: J >= 1, the number of further draws of the noise for each draw of z.
         reparam: ``"pathwise"`` differentiates through the values of guide sites with a
-            reparameterised sampler; ``"score"`` takes the score function at all of them.
+            reparameterised sampler; ``"score"`` takes the score function at all of them. Each may
+            choose for itself, by ``infer={"estimator": ...}``.
         host_options: Options of the host's ``ELBO``: ``max_plate_nesting``, ``retain_graph`` and
             others; ``vectorize_particles`` runs the draws of the noise at once, too.
 
@@ -92,6 +93,9 @@ class SemiImplicitELBO(ELBO):
         for the family over particles.
     """
 
+    _reparams = ("pathwise", "score")
+    _signal_target = None
+
     def __init__(
         self,
         num_particles: int,
@@ -102,7 +106,7 @@ class SemiImplicitELBO(ELBO):
     ) -> None:
         check_count(num_particles, "num_particles", caller="SemiImplicitELBO")
         check_count(num_mixing, "num_mixing", caller="SemiImplicitELBO")
-        if reparam not in ("pathwise", "score"):
+        if reparam not in self._reparams:
             raise ValueError(
                 f'SemiImplicitELBO needs reparam="pathwise" or "score", got {reparam!r}.'
             )

@@ -18,6 +18,7 @@ from pyro_gradest.estimators import (
 )
 from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.estimators.multisample.thermodynamic import Partition, check_partition
+from pyro_gradest.infer._site_estimators import THERMODYNAMIC
 from pyro_gradest.infer._trace import Program
 from pyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
@@ -94,6 +95,7 @@ class TVO(MultiSampleELBO):
     """
 
     _least_particles = 2
+    _reparams = ("score",)
 
     def __init__(
         self,
@@ -136,6 +138,10 @@ class TVO(MultiSampleELBO):
 
     def _weights(self, log_weights: Float[Tensor, " K *batch"]) -> Float[Tensor, " K *batch"]:
         return thermodynamic_weights(log_weights, partition=self._partition_at(log_weights))
+
+    @property
+    def _signal_target(self) -> str:
+        return THERMODYNAMIC
 
     def _learning_signal(
         self,

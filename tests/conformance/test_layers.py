@@ -29,6 +29,7 @@ SEAM = (
     "_trace",
     "_plates",
     "_sites",
+    "_site_estimators",
     "_discrete_sites",
     "_antithetic",
     "_dreams",

@@ -12,6 +12,7 @@ from numpyro.infer import SVI
 
 from numpyro_gradest import DisARM
 from numpyro_gradest.infer._antithetic import trace_pair
+from numpyro_gradest.infer._site_estimators import SiteEstimators
 from numpyro_gradest.infer._trace import Program
 
 X = jnp.array([-0.5, 0.2, 2.9, 3.3])
@@ -32,7 +33,9 @@ def guide(x):
 
 
 def test_pairs():
-    program = Program(model, guide, {"slope": 0.5}, (X,), {}, "pathwise", is_weighted=False)
+    program = Program(
+        model, guide, {"slope": 0.5}, (X,), {}, SiteEstimators("pathwise"), is_weighted=False
+    )
     program = program.with_plate_key(random.key(1))
     (_, first), (_, partner) = trace_pair(program, random.key(0))
     assert (first["y"]["value"] == partner["y"]["value"]).all()
@@ -69,6 +72,6 @@ def test_refuses_draws_inside_scan():
 
         scan(step, 0.0, None, length=3)
 
-    program = Program(model, model, {}, (), {}, "pathwise", is_weighted=False)
+    program = Program(model, model, {}, (), {}, SiteEstimators("pathwise"), is_weighted=False)
     with pytest.raises(ValueError, match=r"'z', inside scan.*VIMCO"):
         trace_pair(program, random.key(0))

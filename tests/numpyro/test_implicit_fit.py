@@ -20,6 +20,7 @@ from numpyro_gradest import (
     estimators,
 )
 from numpyro_gradest.infer._model_score import score_draws
+from numpyro_gradest.infer._site_estimators import SiteEstimators
 from numpyro_gradest.infer._trace import Program
 
 X = jnp.array([0.9, -0.4, 0.1, 1.7])
@@ -34,7 +35,8 @@ def noise(name="noise", shape=()):
 
 def drawn(model, guide, reference=None, params=None):
     programs = model, guide, params or {}
-    program = Program(*programs, (), {}, "pathwise", is_weighted=False, takes_implicit=True)
+    estimators = SiteEstimators("pathwise")
+    program = Program(*programs, (), {}, estimators, is_weighted=False, takes_implicit=True)
     return score_draws(program, random.key(0), 3, reference)
 
 
