@@ -1,6 +1,7 @@
 """Figures of gradient estimators: tables, plots, and what to choose in plain words."""
 
 import math
+from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ class GradientStatistics(NamedTuple):
     effective_sample_size: float | None
     """Mean over the data, of the particles' weights; of the multi-sample objectives here."""
     seconds_per_gradient: float
-    """Of wall-clock time, compilation left out."""
+    """Of wall-clock time, by the median draw; compilation left out."""
     reference: str | None
     """What the bias is measured against."""
     bias: dict[str, np.ndarray] | None
@@ -76,6 +77,9 @@ class GradientStatistics(NamedTuple):
     def __str__(self) -> str:
         return str(EstimatorComparison((self,)))
 
+    def _repr_html_(self) -> str:
+        return EstimatorComparison((self,))._repr_html_()
+
 
 class EstimatorComparison(NamedTuple):
     """Figures of several estimators; print it for a table and what it says."""
@@ -96,7 +100,7 @@ class EstimatorComparison(NamedTuple):
         for one in self.statistics:
             groups.setdefault(one.target, []).append(one)
         sentences = [_recommend(group) for group in groups.values() if len(group) > 1]
-        sentences += [_warn_of_bias(one) for one in self.statistics if _is_biased(one)]
+        sentences += [_warn_of_bias(one) for one in self.statistics if is_biased(one)]
         if len(groups) > 1:
             targets = "; ".join(
                 f"{', '.join(dict.fromkeys(one.family for one in group))}: {target.words}"
@@ -110,18 +114,26 @@ class EstimatorComparison(NamedTuple):
         return tuple(sentences)
 
     def __str__(self) -> str:
-        columns = list(_figures(self.statistics[0]))
-        header = ["", *columns]
-        rows = [header] + [
-            [one.name, *(_cell(figure) for figure in _figures(one).values())]
-            for one in self.statistics
-        ]
+        rows = self._rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
         return "\n".join([*lines, *(f"- {sentence}" for sentence in self.recommendations)])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same as ``print``, whose lines are long."""
+        header, *rows = self._rows()
+        table = _html_row("th", header) + "".join(_html_row("td", row) for row in rows)
+        sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.recommendations)
+        return f"<table>{table}</table><ul>{sentences}</ul>"
+
+    def _rows(self) -> list[list[str]]:
+        header = ["", *_figures(self.statistics[0])]
+        return [header] + [
+            [one.name, *map(_cell, _figures(one).values())] for one in self.statistics
+        ]
 
 
 def _figures(one: GradientStatistics) -> dict[str, Any]:
@@ -145,14 +157,24 @@ def _cell(figure: Any) -> str:
     return f"{figure:.3g}" if isinstance(figure, float) else str(figure)
 
 
+def _html_row(tag: str, cells: list[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
 def _recommend(group: list[GradientStatistics]) -> str:
     words = group[0].target.words
-    if max(one.snr for one in group) < NOTICEABLE * group[0].snr_floor:
+    seen = [one for one in group if shows_signal(one)]
+    if not seen:
         return (
             f"For the {words} no signal shows in {group[0].num_draws} draws (by chance alone the "
             f"ratio would be {group[0].snr_floor:.2g}): raise num_draws before choosing."
         )
-    best, second, *_ = sorted(group, key=lambda one: one.snr_per_second, reverse=True)
+    if len(seen) == 1:
+        return (
+            f"For the {words} take {seen[0].name}: the signal of the others is lost in the noise."
+        )
+    # What is lost in the noise has the ratio of chance, which would rank what is cheap first.
+    best, second, *_ = sorted(seen, key=lambda one: one.snr_per_second, reverse=True)
     basis = (
         f"{best.snr_per_second:.3g} against {second.snr_per_second:.3g} of {second.name}, at "
         f"{1e3 * best.seconds_per_gradient:.3g} and {1e3 * second.seconds_per_gradient:.3g} ms a "
@@ -163,7 +185,13 @@ def _recommend(group: list[GradientStatistics]) -> str:
     return f"For the {words} take {best.name}: its SNR per second is the largest, {basis}."
 
 
-def _is_biased(one: GradientStatistics) -> bool:
+def shows_signal(one: GradientStatistics) -> bool:
+    """Whether the ratio is beyond what chance would make it."""
+    return one.snr >= NOTICEABLE * one.snr_floor
+
+
+def is_biased(one: GradientStatistics) -> bool:
+    """Whether the bias is beyond its standard error."""
     bias, error = one.total_bias, one.total_bias_standard_error
     return bias is not None and error is not None and bias > NOTICEABLE * error + 1e-12
 

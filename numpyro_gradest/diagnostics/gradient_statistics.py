@@ -32,8 +32,9 @@ def gradient_statistics(
     params: dict[str, Any],
     *args: Any,
     num_draws: int = 1000,
-    reference: str | ELBO | None = "auto",
+    reference: str | ELBO | GradientStatistics | None = "auto",
     num_reference_draws: int | None = None,
+    only: Callable[[str], bool] | None = None,
     name: str | None = None,
     family: str | None = None,
     progress_bar: bool = False,
@@ -51,8 +52,8 @@ def gradient_statistics(
       mean gradient over that across it.
     - The bias is measured against the exact gradient where all draws of the guide are discrete and
       few (not of a loss that scales its gradient, as :class:`NVIL` does); else, for what is biased
-      by design, against a long run of its unbiased sibling; or against a long run of the loss
-      passed as ``reference``.
+      by design, against a long run of its unbiased sibling; or against what is passed as
+      ``reference``, a loss that is run for long or the figures of one that was.
 
     Args:
         rng_key: Random key of all draws.
@@ -64,8 +65,11 @@ def gradient_statistics(
             sites may be among them.
         args: Arguments of model and guide.
         num_draws: Number of gradients.
-        reference: ``"auto"``, a loss whose expected gradient is the right one, or ``None``.
+        reference: ``"auto"``, a loss whose expected gradient is the right one, figures of such a
+            loss, or ``None``.
         num_reference_draws: Of a long run; four times ``num_draws`` if left out.
+        only: Whether to look at a parameter, by its name; at all of them if left out. The guide's
+            and the model's gradients have different noise, which one average hides.
         name: In tables; the class and its number of particles if left out.
         family: The name without the number of particles; ``name`` if left out.
         progress_bar: Whether to show one.
@@ -77,8 +81,8 @@ def gradient_statistics(
 
     Raises:
         TypeError: If a number is not an integer.
-        ValueError: If a number is too small, ``reference`` is a word other than ``"auto"``, or no
-            parameter has a gradient.
+        ValueError: If a number is too small, ``reference`` is a word other than ``"auto"`` or has
+            other parameters, or no parameter has a gradient.
 
     Bias and variance:
         Means and variances are unbiased, with standard errors that fall as one over the root of
@@ -112,11 +116,12 @@ def gradient_statistics(
     check_count(num_draws, "num_draws", caller="gradient_statistics")
     if isinstance(reference, str) and reference != "auto":
         raise ValueError(
-            f'gradient_statistics needs reference="auto", a loss or None, got {reference!r}.'
+            'gradient_statistics needs reference="auto", a loss, figures of a loss or None, got '
+            f"{reference!r}."
         )
     num_particles = getattr(loss, "num_particles", None)
     name = name or f"{type(loss).__name__}({'' if num_particles is None else num_particles})"
-    gradients = _Gradients(loss, model, guide, params, args, kwargs, rng_key)
+    gradients = _Gradients(loss, model, guide, params, args, kwargs, rng_key, only)
     # NVIL's running variance scales the gradient: its length is no bias.
     is_rescaled = getattr(loss, "normalize_variance", False)
     exact = gradients.exact() if reference == "auto" and not is_rescaled else None
@@ -127,8 +132,12 @@ def gradient_statistics(
     against, truth, error = None, exact, None
     if exact is not None:
         against, error = "enumeration", np.zeros_like(exact)
+    elif isinstance(reference, GradientStatistics):
+        truth = gradients.vector(reference.mean)
+        error = gradients.vector(reference.variance) / reference.num_draws
+        against = f"{reference.num_draws} draws of {reference.name}"
     elif (sibling := _reference_loss(loss, reference)) is not None:
-        run = _Gradients(sibling, model, guide, params, args, kwargs, rng_key).measure(
+        run = _Gradients(sibling, model, guide, params, args, kwargs, rng_key, only).measure(
             reference_key,
             num_reference_draws or 4 * num_draws,
             direction=None,
@@ -168,7 +177,8 @@ def compare_estimators(
     *args: Any,
     num_particles: tuple[int, ...] = (),
     num_draws: int = 1000,
-    reference: str | ELBO | None = "auto",
+    reference: str | ELBO | Callable[[int], ELBO] | GradientStatistics | None = "auto",
+    num_reference_draws: int | None = None,
     progress_bar: bool = False,
     **options: Any,
 ) -> EstimatorComparison:
@@ -192,7 +202,9 @@ def compare_estimators(
         args: Arguments of model and guide.
         num_particles: The numbers K to call each function in ``losses`` with.
         num_draws: Number of gradients of each.
-        reference: As in :func:`gradient_statistics`, for all of them.
+        reference: As in :func:`gradient_statistics`, for all of them, and run once; with
+            ``num_particles``, also a function of K that returns a loss, run once for each K.
+        num_reference_draws: Of a long run; four times ``num_draws`` if left out.
         progress_bar: Whether to show one.
         options: Further options of :func:`gradient_statistics`, and keyword arguments of model and
             guide.
@@ -201,7 +213,8 @@ def compare_estimators(
         :class:`EstimatorComparison`.
 
     Raises:
-        TypeError: If a number is not an integer.
+        TypeError: If a number is not an integer, or ``reference`` is a function without
+            ``num_particles`` to call it with.
         ValueError: As :func:`gradient_statistics`; or if there is nothing to compare.
 
     Bias and variance:
@@ -234,11 +247,31 @@ def compare_estimators(
     """
     if not losses:
         raise ValueError("compare_estimators needs at least one loss, got none.")
-    several = [(name, name, loss) for name, loss in losses.items()]
+    shared: dict[str, Any] = {"progress_bar": progress_bar} | options
+
+    def long_run(loss: ELBO) -> GradientStatistics:
+        return gradient_statistics(
+            jax.random.split(rng_key)[1],
+            loss,
+            model,
+            guide,
+            params,
+            *args,
+            num_draws=num_reference_draws or 4 * num_draws,
+            reference=None,
+            name=type(loss).__name__,
+            **shared,
+        )
+
+    several: list[tuple[str, str, Any, int | None]]
+    several = [(name, name, loss, None) for name, loss in losses.items()]
     if num_particles:
         several = [
-            (f"{name}, K={K}", name, loss(K)) for name, _, loss in several for K in num_particles
+            (f"{name}, K={K}", name, loss(K), K)
+            for name, loss in losses.items()
+            for K in num_particles
         ]
+    references = _run_references(reference, num_particles, long_run)
     statistics = [
         gradient_statistics(
             rng_key,
@@ -248,15 +281,30 @@ def compare_estimators(
             params,
             *args,
             num_draws=num_draws,
-            reference=reference,
+            reference=references[K],
+            num_reference_draws=num_reference_draws,
             name=name,
             family=family,
-            progress_bar=progress_bar,
-            **options,
+            **shared,
         )
-        for name, family, loss in several
+        for name, family, loss, K in several
     ]
     return EstimatorComparison(tuple(statistics))
+
+
+def _run_references(
+    reference: Any, num_particles: tuple[int, ...], long_run: Callable[[ELBO], GradientStatistics]
+) -> dict[int | None, Any]:
+    """What to compare with at each K, and without one. A loss is run once for all estimators."""
+    if callable(reference) and not isinstance(reference, ELBO):
+        if not num_particles:
+            raise TypeError(
+                "compare_estimators got a function of K as reference and no num_particles to call "
+                "it with. Pass a loss, or num_particles=(3, 10, 30)."
+            )
+        return {K: long_run(reference(K)) for K in num_particles}
+    run = long_run(reference) if isinstance(reference, ELBO) else reference
+    return dict.fromkeys((None, *num_particles), run)
 
 
 def _reference_loss(loss: ELBO, reference: str | ELBO | None) -> ELBO | None:
@@ -286,6 +334,7 @@ class _Gradients:
         args: tuple,
         kwargs: dict[str, Any],
         key: Array,
+        only: Callable[[str], bool] | None,
     ) -> None:
         # SVI knows how parameters are constrained, and finds mutable state.
         self.svi = SVI(model, guide, optim.SGD(0.0), loss)
@@ -299,6 +348,20 @@ class _Gradients:
                 "No parameter has a gradient. Check that model or guide has numpyro.param "
                 "statements."
             )
+        leaves, _ = jax.tree_util.tree_flatten_with_path(self.unconstrained)
+        every = {
+            jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves
+        }
+        is_seen = [only is None or only(name) for name in every]
+        self.leaves = {
+            name: leaf for (name, leaf), seen in zip(every.items(), is_seen, strict=True) if seen
+        }
+        if not self.leaves:
+            raise ValueError(
+                f"gradient_statistics got an `only` that is true of no parameter. There are "
+                f"{', '.join(every)}."
+            )
+        self.is_seen = np.repeat(is_seen, [leaf.size for leaf in every.values()])
 
     def measure(
         self,
@@ -315,7 +378,7 @@ class _Gradients:
             step = 0
             while True:
                 keys = jax.random.split(jax.random.fold_in(key, step), min(batch_size, num_draws))
-                yield -np.asarray(gradients(self.point, keys))
+                yield -np.asarray(gradients(self.point, keys))[:, self.is_seen]
                 step += 1
 
         return measure(draw(), num_draws, direction=direction, progress_bar=progress_bar, name=name)
@@ -332,7 +395,7 @@ class _Gradients:
             return expected_bound(program, self.key, num_particles, alpha=alpha)
 
         try:
-            return np.asarray(jax.jit(jax.grad(expected))(self.point), np.float64)
+            return np.asarray(jax.jit(jax.grad(expected))(self.point), np.float64)[self.is_seen]
         except NotEnumerableError:
             return None
 
@@ -350,13 +413,20 @@ class _Gradients:
         return float(jax.lax.map(size, jax.random.split(self.key, _ESS_DRAWS)).mean())
 
     def by_parameter(self, vector: np.ndarray) -> dict[str, np.ndarray]:
-        leaves, _ = jax.tree_util.tree_flatten_with_path(self.unconstrained)
-        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-        ends = np.cumsum([leaf.size for _, leaf in leaves])[:-1]
+        ends = np.cumsum([leaf.size for leaf in self.leaves.values()])[:-1]
         return {
             name: part.reshape(leaf.shape)
-            for name, (_, leaf), part in zip(names, leaves, np.split(vector, ends), strict=True)
+            for (name, leaf), part in zip(self.leaves.items(), np.split(vector, ends), strict=True)
         }
+
+    def vector(self, by_parameter: dict[str, np.ndarray]) -> np.ndarray:
+        if set(by_parameter) != set(self.leaves):
+            raise ValueError(
+                "gradient_statistics got as reference figures of the parameters "
+                f"{', '.join(by_parameter)}, and looks at {', '.join(self.leaves)}. Measure the "
+                "reference on the same model and guide, with the same `only`."
+            )
+        return np.concatenate([by_parameter[name].ravel() for name in self.leaves])
 
     def _loss_at(self, point: Array, key: Array) -> Array:
         svi, params = self.svi, self._params(point)

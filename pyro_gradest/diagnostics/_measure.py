@@ -17,7 +17,7 @@ class Moments(NamedTuple):
     directional_snr: float
     num_draws: int
     seconds: float
-    """For one gradient."""
+    """For one gradient, by the median batch."""
 
 
 def measure(
@@ -34,14 +34,15 @@ def measure(
     the draws where it is not given, and the ratio then that of the second half.
     """
     next(batches)  # compiles, creates parameters
-    count, seconds = 0, 0.0
+    count = 0
+    seconds: list[float] = []
     mean = squares = np.zeros(())
     ratios: list[np.ndarray] = []
     with tqdm(total=num_draws, desc=name, disable=not progress_bar) as bar:
         while count < num_draws:
             start = time.perf_counter()
             batch = next(batches)
-            seconds += time.perf_counter() - start
+            seconds.append((time.perf_counter() - start) / len(batch))
             batch = batch[: num_draws - count].astype(np.float64)
             if direction is None and 2 * count >= num_draws:
                 direction = mean
@@ -60,7 +61,8 @@ def measure(
         variance=squares / max(count - 1, 1),
         directional_snr=float(np.mean(np.concatenate(ratios))) if ratios else float("nan"),
         num_draws=count,
-        seconds=seconds / count,
+        # Other work on the machine makes a few batches slow, and so the mean.
+        seconds=float(np.median(seconds)),
     )
 
 

@@ -1,5 +1,6 @@
 """What the gradient of an objective is an estimate of, by its class and options."""
 
+import re
 from typing import Any, NamedTuple
 
 _BOUNDS = ("IWAE", "VIMCO", "OVIS", "NVIL", "RLOO", "DisARM")
@@ -25,6 +26,11 @@ def target_of(loss: Any) -> Target:
     if getattr(loss, "reparam", None) == "stl" and bound.num_particles != 1:
         return Target(f"{bound.words} less the score of reparameterised sites", None, None)
     return bound
+
+
+def words_at_any_number(target: Target) -> str:
+    """What it is a gradient of, whatever the number of particles."""
+    return re.sub(r"^\d+(?=-sample)|(?<=with )\d+(?= particles$)", "K", target.words)
 
 
 def bound_of(loss: Any) -> Target | None:

@@ -29,8 +29,9 @@ def gradient_statistics(
     guide: Callable,
     *args: Any,
     num_draws: int = 1000,
-    reference: str | ELBO | None = "auto",
+    reference: str | ELBO | GradientStatistics | None = "auto",
     num_reference_draws: int | None = None,
+    only: Callable[[str], bool] | None = None,
     name: str | None = None,
     family: str | None = None,
     progress_bar: bool = False,
@@ -48,8 +49,8 @@ def gradient_statistics(
       mean gradient over that across it.
     - The bias is measured against the exact gradient where all draws of the guide are discrete and
       few (not of a loss that scales its gradient, as :class:`NVIL` does); else, for what is biased
-      by design, against a long run of its unbiased sibling; or against a long run of the loss
-      passed as ``reference``.
+      by design, against a long run of its unbiased sibling; or against what is passed as
+      ``reference``, a loss that is run for long or the figures of one that was.
 
     Args:
         loss: Any loss of this package or of Pyro.
@@ -57,8 +58,11 @@ def gradient_statistics(
         guide: Pyro guide. The gradient is taken where the parameters are in the parameter store.
         args: Arguments of model and guide.
         num_draws: Number of gradients.
-        reference: ``"auto"``, a loss whose expected gradient is the right one, or ``None``.
+        reference: ``"auto"``, a loss whose expected gradient is the right one, figures of such a
+            loss, or ``None``.
         num_reference_draws: Of a long run; four times ``num_draws`` if left out.
+        only: Whether to look at a parameter, by its name; at all of them if left out. The guide's
+            and the model's gradients have different noise, which one average hides.
         name: In tables; the class and its number of particles if left out.
         family: The name without the number of particles; ``name`` if left out.
         progress_bar: Whether to show one.
@@ -70,8 +74,8 @@ def gradient_statistics(
 
     Raises:
         TypeError: If a number is not an integer.
-        ValueError: If a number is too small, ``reference`` is a word other than ``"auto"``, or no
-            parameter has a gradient.
+        ValueError: If a number is too small, ``reference`` is a word other than ``"auto"`` or has
+            other parameters, or no parameter has a gradient.
 
     Bias and variance:
         Means and variances are unbiased, with standard errors that fall as one over the root of
@@ -104,11 +108,12 @@ def gradient_statistics(
     check_count(num_draws, "num_draws", caller="gradient_statistics")
     if isinstance(reference, str) and reference != "auto":
         raise ValueError(
-            f'gradient_statistics needs reference="auto", a loss or None, got {reference!r}.'
+            'gradient_statistics needs reference="auto", a loss, figures of a loss or None, got '
+            f"{reference!r}."
         )
     num_particles = getattr(loss, "num_particles", None)
     name = name or f"{type(loss).__name__}({'' if num_particles is None else num_particles})"
-    gradients = _Gradients(loss, model, guide, args, kwargs)
+    gradients = _Gradients(loss, model, guide, args, kwargs, only)
     # NVIL's running variance scales the gradient: its length is no bias.
     is_rescaled = getattr(loss, "normalize_variance", False)
     exact = gradients.exact() if reference == "auto" and not is_rescaled else None
@@ -118,8 +123,12 @@ def gradient_statistics(
     against, truth, error = None, exact, None
     if exact is not None:
         against, error = "enumeration", np.zeros_like(exact)
+    elif isinstance(reference, GradientStatistics):
+        truth = gradients.vector(reference.mean)
+        error = gradients.vector(reference.variance) / reference.num_draws
+        against = f"{reference.num_draws} draws of {reference.name}"
     elif (sibling := _reference_loss(loss, reference)) is not None:
-        run = _Gradients(sibling, model, guide, args, kwargs).measure(
+        run = _Gradients(sibling, model, guide, args, kwargs, only).measure(
             num_reference_draws or 4 * num_draws,
             direction=None,
             name=f"reference of {name}",
@@ -157,7 +166,8 @@ def compare_estimators(
     *args: Any,
     num_particles: tuple[int, ...] = (),
     num_draws: int = 1000,
-    reference: str | ELBO | None = "auto",
+    reference: str | ELBO | Callable[[int], ELBO] | GradientStatistics | None = "auto",
+    num_reference_draws: int | None = None,
     progress_bar: bool = False,
     **options: Any,
 ) -> EstimatorComparison:
@@ -177,7 +187,9 @@ def compare_estimators(
         args: Arguments of model and guide.
         num_particles: The numbers K to call each function in ``losses`` with.
         num_draws: Number of gradients of each.
-        reference: As in :func:`gradient_statistics`, for all of them.
+        reference: As in :func:`gradient_statistics`, for all of them, and run once; with
+            ``num_particles``, also a function of K that returns a loss, run once for each K.
+        num_reference_draws: Of a long run; four times ``num_draws`` if left out.
         progress_bar: Whether to show one.
         options: Further options of :func:`gradient_statistics`, and keyword arguments of model and
             guide.
@@ -186,7 +198,8 @@ def compare_estimators(
         :class:`EstimatorComparison`.
 
     Raises:
-        TypeError: If a number is not an integer.
+        TypeError: If a number is not an integer, or ``reference`` is a function without
+            ``num_particles`` to call it with.
         ValueError: As :func:`gradient_statistics`; or if there is nothing to compare.
 
     Bias and variance:
@@ -220,11 +233,29 @@ def compare_estimators(
     """
     if not losses:
         raise ValueError("compare_estimators needs at least one loss, got none.")
-    several = [(name, name, loss) for name, loss in losses.items()]
+    shared: dict[str, Any] = {"progress_bar": progress_bar} | options
+
+    def long_run(loss: ELBO) -> GradientStatistics:
+        return gradient_statistics(
+            loss,
+            model,
+            guide,
+            *args,
+            num_draws=num_reference_draws or 4 * num_draws,
+            reference=None,
+            name=type(loss).__name__,
+            **shared | {"seed": options.get("seed", 0) + 1},
+        )
+
+    several: list[tuple[str, str, Any, int | None]]
+    several = [(name, name, loss, None) for name, loss in losses.items()]
     if num_particles:
         several = [
-            (f"{name}, K={K}", name, loss(K)) for name, _, loss in several for K in num_particles
+            (f"{name}, K={K}", name, loss(K), K)
+            for name, loss in losses.items()
+            for K in num_particles
         ]
+    references = _run_references(reference, num_particles, long_run)
     statistics = [
         gradient_statistics(
             loss,
@@ -232,15 +263,30 @@ def compare_estimators(
             guide,
             *args,
             num_draws=num_draws,
-            reference=reference,
+            reference=references[K],
+            num_reference_draws=num_reference_draws,
             name=name,
             family=family,
-            progress_bar=progress_bar,
-            **options,
+            **shared,
         )
-        for name, family, loss in several
+        for name, family, loss, K in several
     ]
     return EstimatorComparison(tuple(statistics))
+
+
+def _run_references(
+    reference: Any, num_particles: tuple[int, ...], long_run: Callable[[ELBO], GradientStatistics]
+) -> dict[int | None, Any]:
+    """What to compare with at each K, and without one. A loss is run once for all estimators."""
+    if callable(reference) and not isinstance(reference, ELBO):
+        if not num_particles:
+            raise TypeError(
+                "compare_estimators got a function of K as reference and no num_particles to call "
+                "it with. Pass a loss, or num_particles=(3, 10, 30)."
+            )
+        return {K: long_run(reference(K)) for K in num_particles}
+    run = long_run(reference) if isinstance(reference, ELBO) else reference
+    return dict.fromkeys((None, *num_particles), run)
 
 
 def _reference_loss(loss: ELBO, reference: str | ELBO | None) -> ELBO | None:
@@ -262,7 +308,13 @@ class _Gradients:
     """Gradients of a loss at the parameters of the store, which are left as they are."""
 
     def __init__(
-        self, loss: ELBO, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]
+        self,
+        loss: ELBO,
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        only: Callable[[str], bool] | None,
     ) -> None:
         self.loss: Any = loss
         self.program = model, guide, args, kwargs
@@ -272,12 +324,19 @@ class _Gradients:
             kept = self._clear()
             self._backward()
             leaves = dict(self.store.named_parameters())
-            self.leaves = {name: leaf for name, leaf in leaves.items() if leaf.grad is not None}
+            trained = {name: leaf for name, leaf in leaves.items() if leaf.grad is not None}
+            self.trained = set(trained)
             self._restore(kept)
-        if not self.leaves:
+        if not trained:
             raise ValueError(
                 "No parameter of the parameter store got a gradient. Check that the guide has "
                 "pyro.param statements, or register its networks with pyro.module."
+            )
+        self.leaves = {name: leaf for name, leaf in trained.items() if only is None or only(name)}
+        if not self.leaves:
+            raise ValueError(
+                f"gradient_statistics got an `only` that is true of no parameter. There are "
+                f"{', '.join(trained)}."
             )
 
     def measure(
@@ -326,6 +385,15 @@ class _Gradients:
                 sizes.append(effective_sample_size(loss._by_replicate(log_weights)).mean())
         return float(torch.stack(sizes).mean())
 
+    def vector(self, by_parameter: dict[str, np.ndarray]) -> np.ndarray:
+        if set(by_parameter) != set(self.leaves):
+            raise ValueError(
+                "gradient_statistics got as reference figures of the parameters "
+                f"{', '.join(by_parameter)}, and looks at {', '.join(self.leaves)}. Measure the "
+                "reference on the same model and guide, with the same `only`."
+            )
+        return np.concatenate([by_parameter[name].ravel() for name in self.leaves])
+
     def by_parameter(self, vector: np.ndarray) -> dict[str, np.ndarray]:
         ends = np.cumsum([leaf.numel() for leaf in self.leaves.values()])[:-1]
         return {
@@ -360,7 +428,7 @@ class _Gradients:
 
     def _forget(self) -> None:
         """Undo what a step does to entries of the store that are no parameters: running moments."""
-        for name in set(self.store.keys()) - set(getattr(self, "leaves", self.store.keys())):
+        for name in set(self.store.keys()) - self.trained:
             if name in self.before:
                 self.store[name] = self.before[name]
             else:

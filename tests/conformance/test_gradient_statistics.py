@@ -1,6 +1,8 @@
 """Figures of gradient estimators: their moments, their exact reference, and what they say."""
 
+import html
 import importlib
+import re
 from functools import partial
 
 import numpy as np
@@ -17,9 +19,9 @@ def module(backend, name):
     return importlib.import_module(f"{backend.host}_gradest.diagnostics.{name}")
 
 
-def statistics(host, loss, program, **options):
-    """``gradient_statistics`` of a program that both hosts run."""
-    package = backend_for(host).package
+def measured_by(host, function, losses, program, **options):
+    """A function of the package, of a program that both hosts run."""
+    measure = getattr(backend_for(host).package, function)
     if host == "pyro":
         import pyro
 
@@ -27,17 +29,21 @@ def statistics(host, loss, program, **options):
         pyro.clear_param_store()
         for name, value in program.problem.params.items():
             ppl.param(name, value)
-        return package.gradient_statistics(
-            loss, partial(program.model, ppl), partial(program.guide, ppl), **options
-        )
+        return measure(losses, partial(program.model, ppl), partial(program.guide, ppl), **options)
     import jax
 
     ppl = NumPyroPrimitives()
     params = {name: ppl.array(value) for name, value in program.problem.params.items()}
     model, guide = partial(program.model, ppl), partial(program.guide, ppl)
-    return package.gradient_statistics(
-        jax.random.key(0), loss, model, guide, params, batch_size=50, **options
-    )
+    return measure(jax.random.key(0), losses, model, guide, params, batch_size=50, **options)
+
+
+def statistics(host, loss, program, **options):
+    return measured_by(host, "gradient_statistics", loss, program, **options)
+
+
+def compared(host, losses, program, **options):
+    return measured_by(host, "compare_estimators", losses, program, **options)
 
 
 def flat(program, by_parameter):
@@ -127,6 +133,56 @@ def test_a_long_run_of_the_unbiased_sibling(backend):
     assert loss.reparam == "stl"
 
 
+def test_only_some_parameters(backend):
+    """Their figures are those among all, and the others have none."""
+    program, loss = program_for("nested_plates"), backend.package.IWAE(2)
+    names = list(program.problem.params)
+    assert len(names) > 1
+    every = statistics(backend.host, loss, program, num_draws=20)
+    some = statistics(backend.host, loss, program, num_draws=20, only=lambda name: name == names[1])
+    assert list(some.mean) == list(some.bias) == [names[1]]
+    for figures in ("mean", "variance", "bias"):
+        np.testing.assert_array_equal(
+            getattr(some, figures)[names[1]], getattr(every, figures)[names[1]]
+        )
+    with pytest.raises(ValueError, match=f"true of no parameter. There are .*{names[1]}"):
+        statistics(backend.host, loss, program, num_draws=2, only=lambda name: False)
+
+
+def test_figures_as_the_reference(backend):
+    program = program_for("one_bit")
+    right = statistics(backend.host, backend.package.IWAE(2), program, num_draws=30)
+    loss = backend.package.VIMCO(2)
+    measured = statistics(backend.host, loss, program, num_draws=20, reference=right)
+    assert measured.reference == "30 draws of IWAE(2)"
+    for name in right.mean:
+        assert_equal(measured.bias[name], measured.mean[name] - right.mean[name])
+        variance = measured.variance[name] / 20 + right.variance[name] / 30
+        assert_equal(measured.bias_standard_errors[name], np.sqrt(variance))
+    of_another = right._replace(mean={"other": np.zeros(1)})
+    with pytest.raises(ValueError, match="figures of the parameters other, and looks at "):
+        statistics(backend.host, loss, program, num_draws=2, reference=of_another)
+
+
+def test_a_reference_is_run_once_for_each_number_of_particles(backend):
+    program, asked = program_for("one_bit"), []
+
+    def reference(num_particles):
+        asked.append(num_particles)
+        return backend.package.OVIS(num_particles)
+
+    losses = {name: getattr(backend.package, name) for name in ("IWAE", "VIMCO")}
+    options = {"num_draws": 10, "num_reference_draws": 30, "reference": reference}
+    measured = compared(backend.host, losses, program, num_particles=(2, 3), **options).statistics
+    assert asked == [2, 3]
+    assert {one.reference for one in measured} == {"30 draws of OVIS"}
+    by_name = {one.name: flat(program, one.mean) - flat(program, one.bias) for one in measured}
+    assert_equal(by_name["IWAE, K=2"], by_name["VIMCO, K=2"])
+    assert not np.allclose(by_name["IWAE, K=2"], by_name["IWAE, K=3"])
+    with pytest.raises(TypeError, match="a function of K as reference and no num_particles"):
+        compared(backend.host, {"OVIS": backend.package.OVIS(2)}, program, **options)
+
+
 def test_a_loss_of_the_host(backend):
     if backend.host == "pyro":
         from pyro.infer import Trace_ELBO as HostELBO
@@ -173,6 +229,16 @@ def made_up(backend, name, *, mean=1.0, variance=1.0, seconds=1e-3, target="ELBO
     )
 
 
+def test_time_is_that_of_the_median_batch(backend, monkeypatch):
+    """Other work on the machine makes a batch slow now and then."""
+    times = iter([0.0, 1.0, 1.0, 2.0, 2.0, 100.0])  # before and after each of three
+    measuring = module(backend, "_measure")
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(times))
+    draws = np.ones((2, 1))
+    measured = measuring.measure(iter([draws] * 4), 6, direction=None, progress_bar=False, name="")
+    assert measured.seconds == 0.5
+
+
 def sentences(backend, *figures):
     return " ".join(module(backend, "gradient_report").EstimatorComparison(figures).recommendations)
 
@@ -199,6 +265,15 @@ def test_says_so_when_nothing_shows(backend):
     noise = made_up(backend, "noise", mean=0.05)
     words = sentences(backend, noise, noise._replace(name="more"))
     assert "no signal shows in 100 draws" in words and "take" not in words
+
+
+def test_does_not_rank_what_is_lost_in_the_noise(backend):
+    """It has the ratio of chance, which a low cost would make the largest per second."""
+    lost = made_up(backend, "lost", mean=0.05, seconds=1e-9)
+    words = sentences(backend, lost, made_up(backend, "seen"))
+    assert "take seen: the signal of the others is lost in the noise" in words
+    seen = [made_up(backend, "seen"), made_up(backend, "slow", seconds=1.0)]
+    assert "take seen: its SNR per second is the largest" in sentences(backend, lost, *seen)
 
 
 @pytest.mark.parametrize(("bias", "shows"), [(0.15, False), (0.25, True)])
@@ -230,7 +305,14 @@ def test_targets_tell_apart_what_has_another_mean(backend):
 @pytest.fixture
 def comparison(backend):
     figures = [
-        made_up(backend, f"{family}, K={K}", mean=float(K) ** slope, K=K, bias=0.01)
+        made_up(
+            backend,
+            f"{family}, K={K}",
+            mean=float(K) ** slope,
+            K=K,
+            bias=0.01,
+            target=f"{K}-sample bound",
+        )
         for family, slope in [("OVIS", 0.5), ("VIMCO", -0.5)]
         for K in (3, 10, 30)
     ]
@@ -244,16 +326,72 @@ def test_data_frame(comparison):
     assert str(comparison).count("\n") >= len(frame)
 
 
+def test_a_notebook_shows_what_print_does(comparison):
+    cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", comparison._repr_html_())
+    assert "".join("".join(cells).split()) in "".join(str(comparison).split())
+    assert re.findall("<li>(.*?)</li>", comparison._repr_html_()) == [
+        html.escape(sentence) for sentence in comparison.recommendations
+    ]
+    one = comparison.statistics[0]
+    assert html.escape(one.name) in one._repr_html_()
+
+
 def test_plots(backend, comparison):
     import matplotlib
 
     matplotlib.use("Agg")
     package = backend.package
-    labels = package.plot_snr_against_particles(comparison).get_legend_handles_labels()[1]
-    assert labels == ["OVIS, slope +0.50", "VIMCO, slope -0.50", "by chance"]
-    assert len(package.plot_bias_and_variance(comparison).get_legend_handles_labels()[1]) == 6
-    bars = package.plot_snr_per_second(comparison).patches
-    assert len({bar.get_facecolor() for bar in bars}) == 1  # one colour for each target
+    assert legend(package.plot_snr_against_particles(comparison)) == [
+        "K-sample bound:",
+        "OVIS, slope +0.50",
+        "VIMCO, slope -0.50",
+        "by chance",
+    ]
+    families = ["OVIS: K-sample bound", "VIMCO: K-sample bound"]
+    assert legend(package.plot_bias_and_variance(comparison)) == families
+    ax = package.plot_snr_per_second(comparison)
+    of_bars = {bar.get_edgecolor() for bar in ax.patches}
+    of_targets = [entry.get_facecolor() for entry in ax.get_legend().get_patches()]
+    assert len(of_bars) == len(of_targets) == 3 and of_bars == set(of_targets)
+    matplotlib.pyplot.close("all")
+
+
+def legend(ax):
+    return ax.get_legend_handles_labels()[1]
+
+
+def test_lines_of_different_targets_are_told_apart(backend, comparison):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    other = [
+        made_up(backend, f"RLOO, K={K}", mean=K**0.5, K=K, target="ELBO")._replace(num_particles=K)
+        for K in (3, 10, 30)
+    ]
+    ax = backend.package.plot_snr_against_particles(
+        comparison._replace(statistics=(*comparison.statistics, *other))
+    )
+    assert legend(ax)[3:5] == ["ELBO:", "RLOO, slope +0.50"]
+    handles = ax.get_legend_handles_labels()[0]
+    style = dict(zip(legend(ax), (one.get_linestyle() for one in handles), strict=True))
+    assert style["OVIS, slope +0.50"] == style["VIMCO, slope -0.50"] != style["RLOO, slope +0.50"]
+    matplotlib.pyplot.close("all")
+
+
+def test_the_slope_is_that_of_the_points_that_show_a_signal(backend):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    means = {3: 2.0, 12: 1.0, 1000: 0.08}  # by chance alone the ratio would be 0.08
+    figures = [made_up(backend, f"VIMCO, K={K}", mean=mean, K=K) for K, mean in means.items()]
+    comparison = module(backend, "gradient_report").EstimatorComparison(tuple(figures))
+    assert "VIMCO, slope -0.50" in legend(backend.package.plot_snr_against_particles(comparison))
+    noiseless = comparison._replace(
+        statistics=tuple(one._replace(variance={"loc": np.zeros(1)}) for one in figures)
+    )
+    assert "VIMCO, no noise" in legend(backend.package.plot_snr_against_particles(noiseless))
+    texts = [text.get_text() for text in backend.package.plot_snr_per_second(noiseless).texts]
+    assert texts == ["no noise"] * 3
     matplotlib.pyplot.close("all")
 
 

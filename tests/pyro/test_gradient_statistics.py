@@ -39,6 +39,23 @@ def test_nothing_is_left_behind():
     }
 
 
+def test_the_parameters_that_are_not_looked_at_stay_the_same_tensors():
+    """An optimizer knows them by that."""
+
+    def two_parameters():
+        logit = pyro.param("logit", torch.tensor(0.1)) + pyro.param("shift", torch.tensor(0.2))
+        pyro.sample("z", dist.Bernoulli(logits=logit))
+
+    two_parameters()
+    before = dict(pyro.get_param_store().named_parameters())
+    measured = gradient_statistics(
+        VIMCO(2), model, two_parameters, num_draws=5, only=lambda name: name == "shift"
+    )
+    assert list(measured.mean) == ["shift"]
+    after = dict(pyro.get_param_store().named_parameters())
+    assert all(after[name] is leaf for name, leaf in before.items())
+
+
 def test_a_loss_that_keeps_its_state_starts_and_ends_without():
     gradient_statistics(NVIL(2), model, guide, num_draws=5)
     assert set(pyro.get_param_store().keys()) == {"logit"}
