@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from numpyro_gradest.handlers.imle import imle
-from numpyro_gradest.infer._discrete_sites import ESTIMATORS
+from numpyro_gradest.infer._discrete_sites import ESTIMATORS, DiscreteSites
 from numpyro_gradest.infer._site_estimators import SiteConfig, check_config
 
 
@@ -85,5 +84,5 @@ def configure_estimators(fn: Callable | None = None, config: Any = None) -> Any:
         return partial(configure_estimators, config=config)
     guide = SiteConfig(fn, config)
     if not isinstance(config, Mapping) or any(isinstance(e, ESTIMATORS) for e in config.values()):
-        return imle(guide)
+        return DiscreteSites(guide, None, may_be_idle=True)
     return guide

@@ -47,7 +47,7 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
         TypeError: If ``config`` is nothing of that.
         ValueError: When run, if a named site does not exist, is observed, enumerated, not
             discrete, or draws integers; or if an estimator does not draw from the site's
-            distribution, or is not for it.
+            distribution, or is not for it; or if nothing says which sites get which estimator.
 
     Bias and variance:
         Biased by design, as the estimator is: for objectives whose log-densities are linear or

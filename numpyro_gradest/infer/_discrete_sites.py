@@ -96,15 +96,17 @@ class DiscreteSites(Messenger):
     ``None``), one estimator for every latent discrete site, or ``None`` for what sites say.
     """
 
-    def __init__(self, fn: Callable | None, config: Any) -> None:
+    def __init__(self, fn: Callable | None, config: Any, *, may_be_idle: bool = False) -> None:
         super().__init__(fn)
         self._is_for_all = isinstance(config, ESTIMATORS)
         self._choose = None if config is None else as_choice(config)
         self._named = set(config) if isinstance(config, Mapping) else set()
         self._met: list[str] = []
+        self._is_idle = self._is_needed = config is None and not may_be_idle
 
     def __enter__(self) -> None:
         self._met = []
+        self._is_idle = self._is_needed
         super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
@@ -113,6 +115,12 @@ class DiscreteSites(Messenger):
             raise ValueError(
                 f"imle was given an estimator for the sites {missing}, but the program has only "
                 f"{self._met}. Correct the names, or leave them out."
+            )
+        if exception[0] is None and self._is_idle:
+            raise ValueError(
+                "imle was given no estimators, and no site of the program asks for one by "
+                f'infer={{"estimator": IMLE()}}: it has {self._met}. Pass estimators by site name, '
+                "such as imle(guide, {'z': IMLE()})."
             )
 
     def process_message(self, msg: Site) -> None:
@@ -124,6 +132,7 @@ class DiscreteSites(Messenger):
         if estimator is None or (self._is_for_all and not _may_be_chosen(msg)):
             return
         _check_site(name, msg)
+        self._is_idle = False
         msg["fn"] = _with_gradient(msg["fn"], name, estimator, _draw_of)
 
 

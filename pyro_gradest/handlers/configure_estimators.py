@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from pyro_gradest.handlers.imle import imle
-from pyro_gradest.infer._discrete_sites import ESTIMATORS
+from pyro_gradest.infer._discrete_sites import ESTIMATORS, DiscreteSites
 from pyro_gradest.infer._site_estimators import SiteConfig, check_config
 
 
@@ -84,7 +83,7 @@ def configure_estimators(fn: Callable | None = None, config: Any = None) -> Any:
         return partial(configure_estimators, config=config)
     guide = SiteConfig(config)(fn)
     if not isinstance(config, Mapping) or any(isinstance(e, ESTIMATORS) for e in config.values()):
-        guide = imle(guide)
+        guide = DiscreteSites(None, may_be_idle=True)(guide)
     return _Configured(fn, guide) if isinstance(fn, torch.nn.Module) else guide
 
 

@@ -309,7 +309,9 @@ def test_wrong_config():
     with pytest.raises(TypeError, match="site 'z'"):
         imle(noisy_guide, {"z": "imle"})
     with pytest.raises(TypeError, match="by site name"):
-        imle(noisy_guide)
+        imle(noisy_guide, 3)
+    with pytest.raises(ValueError, match="given no estimators"):
+        numpyro.handlers.seed(imle(noisy_guide), 0)()
 
 
 def test_one_estimator_for_all_leaves_others_alone():

@@ -272,7 +272,9 @@ def test_wrong_config():
     with pytest.raises(TypeError, match="site 'z'"):
         imle(noisy_guide, {"z": "imle"})
     with pytest.raises(TypeError, match="by site name"):
-        imle(noisy_guide)
+        imle(noisy_guide, 3)
+    with pytest.raises(ValueError, match="given no estimators"):
+        imle(noisy_guide)()
 
 
 def test_one_estimator_for_all_leaves_others_alone():
