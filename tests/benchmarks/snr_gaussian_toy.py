@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-NUM_PARTICLES = (3, 10, 30, 100, 300)
+NUM_PARTICLES = (3, 10, 30, 100, 300, 1000)
 DIMENSION = 20
 NUM_DATA = 64
 NUM_DATASETS = 4
@@ -259,7 +259,7 @@ def draw_figure(by_host: dict[str, Results], path: Path) -> None:
             axis.set_xticks(list(by_particles), list(map(str, by_particles)))
             axis.xaxis.set_minor_locator(ticker.NullLocator())
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 2}
-            axis.legend(title="and slope", fontsize="small", **below)
+            axis.legend(title="estimator (slope)", fontsize="small", **below)
     figure.suptitle("Gaussian toy; dashed: gradients of something else than the bound")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
