@@ -23,15 +23,16 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
     ``Trace_ELBO``, ``TraceMeanField_ELBO`` (with its analytic KL) and ``IWAE`` do. With
     ``reparam="score"`` and in objectives that enumerate, the estimator is not used.
 
-    ``Bernoulli``, ``OneHotCategorical``, ``KSubset`` and ``PerturbAndMAP`` sites can carry a
-    gradient, also under ``to_event``, ``mask`` and in plates. At ``KSubset`` sites it is a
-    difference of exact draws from the same random numbers, not of the k largest entries under
-    noise, which have another law. For several draws use the objective's
-    ``num_particles``. The mean over particles, scales and subsampled plates multiply the gradient
-    that arrives at a site, and with it the step of ``IMLE``, but not that of ``AdaptiveIMLE``,
-    whose state is the parameter ``"<site>_imle"`` in the state of ``SVI``: wrap the optimizer in
-    :func:`adapt_imle`. Under the host's own objectives ``SVI`` warns of discrete latents, as it
-    does not know of the gradient.
+    ``Bernoulli``, ``OneHotCategorical``, ``KSubset``, ``SpanningTree`` and ``PerturbAndMAP`` sites
+    can carry a gradient, also under ``to_event``, ``mask`` and in plates. At ``KSubset`` sites that
+    of ``IMLE`` is a difference of exact draws from the same random numbers, not of the k largest
+    entries under noise, which have another law. ``SpanningTree`` sites, whose draws are no maxima
+    under noise either, take ``ReinMax``, ``SIMPLE`` and ``StraightThrough`` alone. For several
+    draws use the objective's ``num_particles``. The mean over particles, scales and subsampled
+    plates multiply the gradient that arrives at a site, and with it the step of ``IMLE``, but not
+    that of ``AdaptiveIMLE``, whose state is the parameter ``"<site>_imle"`` in the state of
+    ``SVI``: wrap the optimizer in :func:`adapt_imle`. Under the host's own objectives ``SVI`` warns
+    of discrete latents, as it does not know of the gradient.
 
     Args:
         fn: A guide, or a model. Left out, a decorator and context manager is returned.
@@ -52,9 +53,9 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
     Bias and variance:
         Biased by design, as the estimator is: for objectives whose log-densities are linear or
         quadratic in the states ``IMLE`` is unbiased in the limit of a small step and ``ReinMax``
-        unbiased, also at ``KSubset`` sites, where ``IMLE`` is so for linear ones; ``SIMPLE``,
-        which ``StraightThrough`` is there, is unbiased for these. The KL divergence of
-        ``TraceMeanField_ELBO`` is exact, and so is its gradient.
+        unbiased, also at ``KSubset`` and ``SpanningTree`` sites, where ``IMLE``, if at all, is so
+        for linear ones; ``SIMPLE``, which ``StraightThrough`` is there, is unbiased for these. The
+        KL divergence of ``TraceMeanField_ELBO`` is exact, and so is its gradient.
 
     Cost:
         That of the estimator.

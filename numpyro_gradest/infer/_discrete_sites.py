@@ -20,7 +20,12 @@ from numpyro import distributions as dist
 from numpyro.distributions import kl_divergence
 from numpyro.primitives import Messenger
 
-from numpyro_gradest.distributions import KSubset, OneHotCategorical, PerturbAndMAP
+from numpyro_gradest.distributions import (
+    KSubset,
+    OneHotCategorical,
+    PerturbAndMAP,
+    SpanningTree,
+)
 from numpyro_gradest.distributions._from_logits import FromLogits
 from numpyro_gradest.estimators import (
     IMLE,
@@ -34,6 +39,7 @@ from numpyro_gradest.estimators import (
     Solver,
     StraightThrough,
     one_hot_argmax,
+    spanning_tree,
     threshold,
 )
 from numpyro_gradest.estimators.discrete._subset_sampler import SplitNoise, of_items, subset_sampler
@@ -72,6 +78,10 @@ class _OneHotCategorical(_CarriesGradient, OneHotCategorical):
 
 
 class _KSubset(_CarriesGradient, KSubset):
+    pass
+
+
+class _SpanningTree(_CarriesGradient, SpanningTree):
     pass
 
 
@@ -243,6 +253,8 @@ def _with_gradient(
         return _perturb_and_map(fn, name, estimator, draw_of, event_dim)
     if isinstance(fn, KSubset):
         return _k_subset(fn, name, estimator, draw_of, event_dim)
+    if isinstance(fn, SpanningTree):
+        return _spanning_tree(fn, name, estimator, draw_of, event_dim)
     kind = _kind(fn)
     if kind is None:
         raise ValueError(_unsupported(name, fn))
@@ -285,6 +297,25 @@ def _k_subset(fn: Any, name: str, estimator: Estimator, draw_of: Callable, event
     return new
 
 
+def _spanning_tree(
+    fn: Any, name: str, estimator: Estimator, draw_of: Callable, event_dim: int
+) -> Any:
+    if estimator == StraightThrough():
+        estimator = SIMPLE()  # the same gradient, at draws that are no maxima under noise
+    if not isinstance(estimator, (ReinMax, SIMPLE)):
+        raise ValueError(
+            f"Site {name!r} draws from SpanningTree, for which there are ReinMax(), SIMPLE() and "
+            f"StraightThrough() without noise or temperature, got {estimator}. Take one of these; "
+            "or, for other estimators, sample PerturbAndMAP(logits / 2, spanning_tree()) in model "
+            "and guide, under TraceMeanField_ELBO."
+        )
+    draw = draw_of(name, estimator, _of_event(spanning_tree(), estimator, event_dim))
+    new = _SpanningTree(fn.logits)
+    # Half of the logits, which stand twice: the solver's trees are of weights exp <z, theta>.
+    new.draw = lambda key, logits: draw(key, logits / 2)
+    return new
+
+
 def _of_event(solver: Solver, estimator: Estimator, event_dim: int) -> Solver:
     """The solver whose states are the whole event; for ReinMax its independent parts are."""
     if isinstance(estimator, ReinMax):
@@ -319,9 +350,9 @@ def _unsupported(name: str, fn: Any) -> str:
             "that takes the score function, such as RLOO."
         )
     return (
-        "imle is for Bernoulli, OneHotCategorical, KSubset and PerturbAndMAP sites, but "
-        f"{name!r} has the distribution {type(fn).__name__}. Leave it out: a continuous site is "
-        "reparameterised by the host."
+        "imle is for Bernoulli, OneHotCategorical, KSubset, SpanningTree and PerturbAndMAP sites, "
+        f"but {name!r} has the distribution {type(fn).__name__}. Leave it out: a continuous site "
+        "is reparameterised by the host."
     )
 
 

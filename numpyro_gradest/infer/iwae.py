@@ -52,10 +52,11 @@ class IWAE(MultiSampleELBO):
 
     Bias and variance:
         Unbiased for the gradient of the K-sample bound, of any order alpha. The signal-to-noise
-        ratio of the pathwise guide gradient falls as 1/sqrt(K); that of ``reparam="dreg"`` does
-        not. Biased by design with ``reparam="stl"`` and K > 1. Under ``elbo_weight`` unbiased for
-        the gradient of the mixture; under ``pool_replicates`` unbiased for the model's gradient of
-        its bound, and for the guide's of its own, which is looser.
+        ratio of the pathwise guide gradient falls, as 1/sqrt(K) in the limit of many particles;
+        that of ``reparam="dreg"`` does not. Biased by design with ``reparam="stl"`` and K > 1.
+        Under ``elbo_weight`` unbiased for the gradient of the mixture; under ``pool_replicates``
+        unbiased for the model's gradient of its bound, and for the guide's of its own, which is
+        looser.
 
 
     Cost:

@@ -53,7 +53,7 @@ class VIMCO(MultiSampleELBO):
 
     Bias and variance:
         Unbiased for the gradient of the K-sample bound. The signal-to-noise ratio of the guide's
-        gradient falls as 1/sqrt(K); that of :class:`OVIS` grows.
+        gradient falls, as 1/sqrt(K) in the limit of many particles; that of :class:`OVIS` grows.
 
 
     Cost:

@@ -78,7 +78,7 @@ class SpanningTree(LinearFamily):
 
     def sample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
         with torch.no_grad():
-            return trees.draw(self.logits, tuple(sample_shape))
+            return trees.draw(self.logits, None, tuple(sample_shape))
 
     def _compute_log_partition(self) -> Tensor:
         return trees.log_partition(self.logits)

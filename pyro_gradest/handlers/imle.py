@@ -14,14 +14,15 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
     ``Trace_ELBO``, ``TraceMeanField_ELBO`` (with its analytic KL) and ``IWAE`` do. With
     ``reparam="score"`` and in objectives that enumerate, the estimator is not used.
 
-    ``Bernoulli``, ``OneHotCategorical``, ``KSubset`` and ``PerturbAndMAP`` sites can carry a
-    gradient, also under ``to_event``, ``mask`` and in plates. At ``KSubset`` sites it is a
-    difference of exact draws from the same random numbers, not of the k largest entries under
-    noise, which have another law. For several draws use the objective's
-    ``num_particles``. The mean over particles, scales and subsampled plates multiply the gradient
-    that arrives at a site, and with it the step of ``IMLE``, but not that of ``AdaptiveIMLE``,
-    whose state is kept in the parameter store as ``"<site>_imle"`` and updated in each backward
-    pass.
+    ``Bernoulli``, ``OneHotCategorical``, ``KSubset``, ``SpanningTree`` and ``PerturbAndMAP`` sites
+    can carry a gradient, also under ``to_event``, ``mask`` and in plates. At ``KSubset`` sites that
+    of ``IMLE`` is a difference of exact draws from the same random numbers, not of the k largest
+    entries under noise, which have another law. ``SpanningTree`` sites, whose draws are no maxima
+    under noise either, take ``ReinMax``, ``SIMPLE`` and ``StraightThrough`` alone. For several
+    draws use the objective's ``num_particles``. The mean over particles, scales and subsampled
+    plates multiply the gradient that arrives at a site, and with it the step of ``IMLE``, but not
+    that of ``AdaptiveIMLE``, whose state is kept in the parameter store as ``"<site>_imle"`` and
+    updated in each backward pass.
 
     Args:
         fn: A guide, or a model: one that samples the host's ``OneHotCategorical`` needs to be
@@ -43,9 +44,9 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
     Bias and variance:
         Biased by design, as the estimator is: for objectives whose log-densities are linear or
         quadratic in the states ``IMLE`` is unbiased in the limit of a small step and ``ReinMax``
-        unbiased, also at ``KSubset`` sites, where ``IMLE`` is so for linear ones; ``SIMPLE``,
-        which ``StraightThrough`` is there, is unbiased for these. The KL divergence of
-        ``TraceMeanField_ELBO`` is exact, and so is its gradient.
+        unbiased, also at ``KSubset`` and ``SpanningTree`` sites, where ``IMLE``, if at all, is so
+        for linear ones; ``SIMPLE``, which ``StraightThrough`` is there, is unbiased for these. The
+        KL divergence of ``TraceMeanField_ELBO`` is exact, and so is its gradient.
 
     Cost:
         That of the estimator.

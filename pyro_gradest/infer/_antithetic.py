@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from pyro import distributions as dist
 from pyro.distributions.util import sum_rightmost
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -91,7 +92,8 @@ class _DrawPartners(Messenger):
         value = self.draws[name]["value"]
         logits = _logits(fn, value.shape)
         others = _logits(self.draws[name]["fn"], value.shape)
-        if not torch.allclose(logits, others, equal_nan=True):
+        # Waits for the device, as the host's own checks of values do.
+        if is_validation_enabled() and not torch.allclose(logits, others, equal_nan=True):
             raise ValueError(
                 f"The log-odds of guide site {name!r} depend on the draw of another discrete site, "
                 "so that the two draws of an antithetic pair would not be of one distribution. "

@@ -41,7 +41,8 @@ class DisARM(MultiSampleELBO):
         TypeError: If a count is not an integer, or an option is unknown.
         ValueError: If a count is not positive; at the first evaluation, if model and guide do not
             match, the guide has no Bernoulli site, or a discrete site that is not Bernoulli or
-            depends on another.
+            depends on another; what depends on another is looked for at each evaluation while the
+            host's validation is enabled.
 
     Bias and variance:
         Unbiased for the gradient of the K-sample bound. For one bit and one pair the variance is

@@ -66,10 +66,10 @@ class OVIS(MultiSampleELBO):
 
     Bias and variance:
         Unbiased for the gradient of the K-sample bound, of any order alpha, if ``gamma=0``, with a
-        signal-to-noise ratio of the guide's gradient that grows as sqrt(K) at order 0. With
-        ``gamma > 0`` biased by design, by ``gamma`` times the wake-phi gradient. A large
-        signal-to-noise ratio is not a large likelihood: on sigmoid belief networks ``gamma=0``
-        trains about as well as VIMCO.
+        signal-to-noise ratio of the guide's gradient that, at order 0 and in the limit of many
+        particles, grows as sqrt(K). With ``gamma > 0`` biased by design, by ``gamma`` times the
+        wake-phi gradient. A large signal-to-noise ratio is not a large likelihood: on sigmoid
+        belief networks ``gamma=0`` trains about as well as VIMCO.
 
 
     Cost:

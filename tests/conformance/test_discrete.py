@@ -500,6 +500,48 @@ def test_marginals_of_subsets(backend, k):
     np.testing.assert_allclose(product, desired, atol=1e-12)
 
 
+def test_marginals_of_trees(backend):
+    """Of theta that need not be symmetric; mapped over data as well as of a batch."""
+    theta = np.random.default_rng(0).normal(size=(3, 4, 4))
+    states, marginals = oracle.spanning_trees(4), backend.estimators.spanning_tree().marginals
+    dy = np.random.default_rng(1).normal(size=(3, 4, 4))
+
+    value = evaluate(backend, marginals, theta)
+    mapped = evaluate(backend, backend.vmap(marginals), theta)
+    (product,) = backend.gradients(lambda t: (marginals(t) * backend.array(dy)).sum(), theta)
+
+    desired = every_datum(lambda t: oracle.mean(states, t), (3,), theta)
+    np.testing.assert_allclose(value, desired, atol=1e-12)
+    np.testing.assert_allclose(mapped, desired, atol=1e-12)
+    desired = every_datum(lambda t, d: oracle.covariance(states, t) @ d.ravel(), (3,), theta, dy)
+    np.testing.assert_allclose(product, desired.reshape(theta.shape), atol=1e-12)
+
+
+def test_straight_through_trees_has_the_gradient_of_the_mean(backend):
+    """Of the exponential family, at the temperature, whatever the draws."""
+    rng = np.random.default_rng(0)
+    theta, noise, weights = rng.normal(size=(2, 4, 4)), rng.gumbel(size=(4, 4)), rng.normal(size=16)
+    states, solver = oracle.spanning_trees(4), backend.estimators.spanning_tree()
+    estimator = backend.estimators.StraightThrough(
+        noise=fixed_noise(backend, noise), temperature=0.5
+    )
+
+    def loss(theta):
+        z = draw(backend, estimator, theta, solver).reshape(2, 16)
+        return ((z @ backend.array(weights)) ** 2).sum()
+
+    (gradient,) = backend.gradients(loss, theta)
+
+    def of_datum(theta):
+        z = oracle.maximiser(states, theta + noise / 2).ravel()
+        dy = 2 * (z @ weights) * weights
+        return (oracle.covariance(states, 2 * theta) @ dy).reshape(4, 4) * 2
+
+    desired = every_datum(of_datum, (2,), theta)
+    assert np.abs(desired).max() > 0.1
+    np.testing.assert_allclose(gradient, desired, atol=1e-12)
+
+
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_marginals_of_hard_scores(backend, k):
     """Float32, +-1000 and ties; all items chosen."""
@@ -559,24 +601,25 @@ def test_reinmax_of_bits_is_that_of_two_classes(backend):
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3])
-def test_reinmax_of_subsets_is_unbiased_up_to_quadratic_objectives(backend, degree):
-    """Summed over all subsets; biased by design for the others."""
+@pytest.mark.parametrize("name", ["top_k", "spanning_tree"])
+def test_reinmax_is_unbiased_up_to_quadratic_objectives(backend, name, degree):
+    """Summed over all subsets or trees; biased by design for the others."""
     rng = np.random.default_rng(0)
-    theta, weights = rng.normal(size=5), rng.normal(size=5)
-    states = np.array(oracle.subsets(5, 3))
-    top_3, drawn = backend.estimators.top_k(3), backend.array(states)
-    solver = top_3._replace(draw=lambda *_: drawn)
+    states, shape = np.array(SOLVERS[name][1]), SOLVERS[name][2]
+    theta, weights = rng.normal(size=shape), rng.normal(size=shape)
+    drawn, axes = backend.array(states), tuple(range(-len(shape), 0))
+    solver = make_solver(backend, name)._replace(draw=lambda *_: drawn)
     probabilities = oracle.exponential_family(states, theta)
 
     def objective(theta):
         z = draw(backend, backend.estimators.ReinMax(), theta, solver)
-        values = ((z * backend.array(weights)).sum(-1) + 1) ** degree
+        values = ((z * backend.array(weights)).sum(axes) + 1) ** degree
         return (backend.array(probabilities) * values).sum()
 
     (gradients,) = backend.gradients(objective, np.broadcast_to(theta, states.shape))
 
-    mean, values = oracle.mean(states, theta), (states @ weights + 1) ** degree
-    exact = (probabilities * values) @ (states - mean)
+    mean, values = oracle.mean(states, theta), ((states * weights).sum(axes) + 1) ** degree
+    exact = np.tensordot(probabilities * values, states - mean, axes=1)
     error = relative_error(gradients.sum(axis=0), exact)
     assert error < 1e-12 if degree < 3 else error > 0.01
 
@@ -593,9 +636,11 @@ def test_straight_through_without_a_mean_is_the_identity(backend):
     np.testing.assert_array_equal(gradient, [np.arange(4.0)] * 2)
 
 
-def test_simple_is_exact_for_linear_objectives(backend):
-    theta, weights = np.random.default_rng(0).normal(size=5), np.array([2.0, -1.0, 0.5, 1.0, 3.0])
-    states, solver = oracle.subsets(5, 3), backend.estimators.top_k(3)
+@pytest.mark.parametrize("name", ["top_k", "spanning_tree"])
+def test_simple_is_exact_for_linear_objectives(backend, name):
+    rng, shape = np.random.default_rng(0), SOLVERS[name][2]
+    theta, weights = rng.normal(size=shape), rng.normal(size=shape)
+    states, solver = SOLVERS[name][1], make_solver(backend, name)
 
     (gradient,) = backend.gradients(
         lambda t: (
@@ -604,7 +649,8 @@ def test_simple_is_exact_for_linear_objectives(backend):
         theta,
     )
 
-    np.testing.assert_allclose(gradient, oracle.covariance(states, theta) @ weights, atol=1e-12)
+    desired = oracle.covariance(states, theta) @ weights.ravel()
+    np.testing.assert_allclose(gradient.ravel(), desired, atol=1e-12)
 
 
 # The laws of the draws
@@ -620,9 +666,10 @@ def assert_law(drawn, states, probabilities):
         assert abs(frequency - p) < 4.5 * error
 
 
-def test_law_of_exact_subsets(backend):
-    theta, states = np.array([1.0, -0.5, 0.3, 0.0, -1.0]), oracle.subsets(5, 2)
-    solver = backend.estimators.top_k(2)
+@pytest.mark.parametrize("name", ["top_k", "spanning_tree"])
+def test_law_of_exact_draws(backend, name):
+    rng, (_, states, shape) = np.random.default_rng(0), SOLVERS[name]
+    theta, solver = rng.normal(size=shape), make_solver(backend, name)
 
     drawn = evaluate(
         backend,
@@ -630,7 +677,8 @@ def test_law_of_exact_subsets(backend):
         theta,
     )
 
-    assert_law(drawn, states, oracle.exponential_family(states, theta))
+    drawn, flat = drawn.reshape(20_000, -1), [state.ravel() for state in states]
+    assert_law(drawn, flat, oracle.exponential_family(states, theta))
 
 
 def test_law_of_gumbel_top_k(backend):

@@ -9,10 +9,12 @@ from numpyro_gradest.estimators import (
     IMLE,
     AdaptiveIMLE,
     Noise,
+    ReinMax,
     StraightThrough,
     assignment,
     numpy_solver,
     perturb_and_map,
+    spanning_tree,
     top_k,
 )
 
@@ -24,11 +26,12 @@ ESTIMATORS = [
     (IMLE(), assignment()),
     (IMLE(), top_k(2)),
     (StraightThrough(), assignment()),
+    (ReinMax(), spanning_tree()),
 ]
 every_estimator = pytest.mark.parametrize(
     ("estimator", "solver"),
     ESTIMATORS,
-    ids=["imle-host", "imle", "straight-through-host"],
+    ids=["imle-host", "imle", "straight-through-host", "reinmax-trees"],
 )
 
 

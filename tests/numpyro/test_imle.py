@@ -23,13 +23,16 @@ from numpyro_gradest import (
     PerturbAndMAP,
     PlackettLuceSubset,
     ReinMax,
+    SpanningTree,
     StraightThrough,
     adapt_imle,
     imle,
 )
 from numpyro_gradest.estimators import GaussianNoise, GumbelNoise, LogisticNoise, Noise, top_k
+from numpyro_gradest.estimators.discrete import trees
 from numpyro_gradest.estimators.discrete._subset_sampler import SplitNoise
 from tests.conformance.backends import QUICK_TO_COMPILE
+from tests.oracles import combinatorial
 from tests.oracles import discrete as oracle
 
 # The host warns of discrete latents under its own objectives, which they have no gradient for.
@@ -553,3 +556,120 @@ def test_draws_without_replacement_are_refused():
     # Without a gradient in the value there is nothing to refuse.
     site, z = PlackettLuceSubset(jnp.zeros(4), 2), jnp.array([1.0, 1.0, 0.0, 0.0])
     np.testing.assert_allclose(site.log_prob(z), -np.log(6))
+
+
+# Spanning trees
+
+
+TREE_LOGITS, TREE_PRIOR, TREE_WEIGHTS = np.random.default_rng(0).normal(size=(3, 4, 4))
+TREE_LOGITS, TREE_PRIOR = TREE_LOGITS + TREE_LOGITS.T, TREE_PRIOR + TREE_PRIOR.T
+TREES = np.array([tree for tree, _ in combinatorial.spanning_tree(TREE_LOGITS)])
+PROBABILITIES, PRIOR_PROBABILITIES = (
+    np.array([p for _, p in combinatorial.spanning_tree(logits)])
+    for logits in (TREE_LOGITS, TREE_PRIOR)
+)
+# Factors of the linear and the quadratic part of a log-likelihood.
+TREE_LIKELIHOODS = {"none": (0.0, 0.0), "linear": (1.0, 0.0), "quadratic": (0.5, 1.0)}
+
+
+def tree_log_likelihood(z, weights, linear, quadratic):
+    along = (z * weights).sum((-2, -1))
+    return linear * along - quadratic * (1 - along) ** 2 / 2
+
+
+def tree_model(likelihood):
+    scale = numpyro.handlers.scale(scale=jnp.asarray(PROBABILITIES))
+    with numpyro.plate("data", len(TREES)), scale:
+        z = numpyro.sample("z", SpanningTree(jnp.asarray(TREE_PRIOR)))
+        numpyro.factor("x", tree_log_likelihood(z, jnp.asarray(TREE_WEIGHTS), *likelihood))
+
+
+def tree_guide(likelihood):
+    logits = numpyro.param("logits", jnp.asarray(TREE_LOGITS))
+    scale = numpyro.handlers.scale(scale=jnp.asarray(PROBABILITIES))
+    with numpyro.plate("data", len(TREES)), scale:
+        numpyro.sample("z", SpanningTree(logits))
+
+
+def all_trees(key, logits):
+    """Each of the trees once, in the place of draws."""
+    return jnp.where(jnp.allclose(logits, jnp.asarray(TREE_LOGITS)), jnp.asarray(TREES), jnp.nan)
+
+
+def tree_errors(estimator, loss):
+    """Of the expected gradient of the negative ELBO, summed over all trees, by likelihood."""
+    wrapped = imle(tree_guide, {"z": estimator})
+
+    @quickly
+    def gradient(logits, likelihood):
+        return jax.grad(
+            lambda logits: loss.loss(KEY, {"logits": logits}, tree_model, wrapped, likelihood)
+        )(logits)
+
+    return {
+        name: tree_error(gradient(jnp.asarray(TREE_LOGITS), likelihood), likelihood)
+        for name, likelihood in TREE_LIKELIHOODS.items()
+    }
+
+
+def tree_error(actual, likelihood):
+    """Against the exact gradient, relative to it; log-probabilities are half of <z, logits>."""
+    values = np.log(PROBABILITIES) - np.log(PRIOR_PROBABILITIES)
+    values -= tree_log_likelihood(TREES, TREE_WEIGHTS, *likelihood)
+    mean = np.tensordot(PROBABILITIES, TREES, axes=1)
+    exact = np.tensordot(PROBABILITIES * values, (TREES - mean) / 2, axes=1)
+    return np.linalg.norm(actual - exact) / np.linalg.norm(exact)
+
+
+def test_expected_gradients_of_trees(monkeypatch):
+    """Without bias for what is linear, and with a second order for what is quadratic."""
+    monkeypatch.setattr(trees, "draw", all_trees)
+    for estimator in (SIMPLE(), StraightThrough()):
+        errors = tree_errors(estimator, TraceMeanField_ELBO())
+        assert max(errors["none"], errors["linear"]) < 1e-10
+        assert errors["quadratic"] > 0.1
+    for loss in (TraceMeanField_ELBO(), Trace_ELBO()):
+        assert max(tree_errors(ReinMax(), loss).values()) < 1e-10
+
+
+def test_groups_of_trees_find_the_posterior():
+    """Two groups to a datum, under a mask and in a plate; values stay exactly trees."""
+    truth = np.ones((2, 2, 3, 3)) - np.eye(3)
+    for index, (i, j) in zip(np.ndindex(2, 2), [(0, 1), (0, 2), (1, 2), (0, 1)], strict=True):
+        truth[*index, i, j] = truth[*index, j, i] = 0
+
+    def model():
+        with numpyro.plate("data", 2):
+            z = numpyro.sample("z", SpanningTree(jnp.zeros((2, 3, 3))).to_event(1).mask(True))
+            numpyro.sample("x", dist.Normal(2 * z, 1.0).to_event(3), obs=2 * jnp.asarray(truth))
+
+    def guide():
+        scores = numpyro.param("scores", jnp.zeros((2, 2, 3, 3)))
+        with numpyro.plate("data", 2):
+            site = SpanningTree(scores + scores.mT).to_event(1)
+            return numpyro.sample("z", site.mask(True))
+
+    wrapped = imle(guide, ReinMax())
+    svi = SVI(model, wrapped, optax.adam(0.1), TraceMeanField_ELBO(3))
+    params = trained(svi, 60)
+
+    means = quickly(lambda t: SpanningTree(t + t.mT).mean)(params["scores"])
+    assert ((means > 0.7) == (truth == 1)).all()
+    z = quickly(numpyro.handlers.seed(numpyro.handlers.substitute(wrapped, params), KEY))()
+    assert SpanningTree.support(z).all()
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        IMLE(),
+        AdaptiveIMLE(),
+        GumbelSoftmaxST(),
+        StraightThrough(noise=GumbelNoise()),
+        StraightThrough(temperature=0.5),
+    ],
+)
+def test_refusals_at_trees(estimator):
+    program = imle(lambda: numpyro.sample("z", SpanningTree(jnp.zeros((3, 3)))), {"z": estimator})
+    with pytest.raises(ValueError, match=r"without noise .* PerturbAndMAP\(logits / 2, spanning"):
+        numpyro.handlers.seed(program, 0)()

@@ -7,6 +7,7 @@ import torch
 from pyro.infer import SVI
 
 from pyro_gradest import DisARM
+from tests.conformance.backends import backend_for
 
 X = torch.tensor([-0.5, 0.2, 2.9, 3.3])
 
@@ -80,3 +81,27 @@ def test_refuses_a_guide_that_branches():
     with pytest.raises(ValueError, match="'b' is drawn at one of the two"):
         for _ in range(20):
             DisARM(1).loss(model, guide)
+
+
+def test_looks_for_dependence_while_validation_is_enabled():
+    """Which waits for the device; a guide that has been looked at can do without."""
+
+    def model():
+        with pyro.plate("data", 20):
+            a = pyro.sample("a", dist.Bernoulli(0.5))
+            pyro.sample("b", dist.Bernoulli(0.2 + 0.5 * a))
+
+    def guide():
+        with pyro.plate("data", 20):
+            a = pyro.sample("a", dist.Bernoulli(0.4))
+            pyro.sample("b", dist.Bernoulli(0.3 + 0.5 * a))
+
+    def evaluate():
+        DisARM(1, max_plate_nesting=1).differentiable_loss(model, guide)
+
+    with pytest.raises(ValueError, match="'b' depend on the draw of another"):
+        evaluate()
+    with pyro.validation_enabled(False):
+        names = backend_for("pyro").operations(evaluate)
+    assert "allclose.default" not in names
+    assert names.count("_local_scalar_dense.default") == 1  # of the loss, as in any objective

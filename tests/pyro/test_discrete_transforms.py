@@ -9,10 +9,12 @@ import torch
 
 from pyro_gradest.estimators import (
     IMLE,
+    SIMPLE,
     AdaptiveIMLE,
     Noise,
     StraightThrough,
     assignment,
+    spanning_tree,
     top_k,
 )
 from tests.conftest import ROOT
@@ -24,7 +26,9 @@ ESTIMATORS = [
     (IMLE, assignment()),
     (IMLE, top_k(2)),
     (StraightThrough, assignment()),
+    (StraightThrough, spanning_tree()),
 ]
+IDS = ["imle-host", "imle", "straight-through-host", "straight-through-trees"]
 
 
 class Given(Noise):
@@ -34,9 +38,7 @@ class Given(Noise):
         return 3 * torch.sin(1000 * theta)
 
 
-@pytest.mark.parametrize(
-    ("estimator", "solver"), ESTIMATORS, ids=["imle-host", "imle", "straight-through-host"]
-)
+@pytest.mark.parametrize(("estimator", "solver"), ESTIMATORS, ids=IDS)
 def test_vmap_of_grad_is_the_loop(estimator, solver):
     estimator = estimator(noise=Given())
 
@@ -92,6 +94,7 @@ def compare(estimator, solver, fullgraph):
 compare(IMLE(), top_k(2), fullgraph=True)
 compare(SIMPLE(), top_k(2), fullgraph=True)
 compare(ReinMax(), one_hot_argmax(), fullgraph=True)
+compare(SIMPLE(), spanning_tree(), fullgraph=True)
 compare(IMLE(), assignment(), fullgraph=False)  # breaks the graph to go to the host
 """
 
@@ -101,10 +104,15 @@ def test_compiled_gradients_are_the_eager_ones():
     assert run.returncode == 0, run.stderr
 
 
-def test_generator_is_the_only_source_of_noise():
+@pytest.mark.parametrize(
+    ("estimator", "solver"),
+    [(IMLE(), top_k(1)), (SIMPLE(), spanning_tree())],
+    ids=["imle", "trees"],
+)
+def test_generator_is_the_only_source_of_noise(estimator, solver):
     def draw(seed):
         generator = torch.Generator().manual_seed(seed)
-        return IMLE().sample(THETA, top_k(1), num_samples=20, generator=generator)
+        return estimator.sample(THETA, solver, num_samples=20, generator=generator)
 
     before = torch.get_rng_state()
     torch.testing.assert_close(draw(0), draw(0))

@@ -21,11 +21,14 @@ from pyro_gradest import (
     PerturbAndMAP,
     PlackettLuceSubset,
     ReinMax,
+    SpanningTree,
     StraightThrough,
     imle,
 )
 from pyro_gradest.estimators import GaussianNoise, GumbelNoise, LogisticNoise, Noise, top_k
+from pyro_gradest.estimators.discrete import trees
 from pyro_gradest.estimators.discrete._subset_sampler import SplitNoise
+from tests.oracles import combinatorial
 from tests.oracles import discrete as oracle
 
 # A plate of many data that are all alike, whose noise fills its space evenly: the sum over data is
@@ -514,3 +517,114 @@ def test_draws_without_replacement_are_refused():
     # Without a gradient in the value there is nothing to refuse.
     site, z = PlackettLuceSubset(torch.zeros(4), 2), torch.tensor([1.0, 1.0, 0.0, 0.0])
     assert site.log_prob(z).item() == pytest.approx(-np.log(6))
+
+
+# Spanning trees
+
+
+TREE_LOGITS, TREE_PRIOR, TREE_WEIGHTS = np.random.default_rng(0).normal(size=(3, 4, 4))
+TREE_LOGITS, TREE_PRIOR = TREE_LOGITS + TREE_LOGITS.T, TREE_PRIOR + TREE_PRIOR.T
+TREES = np.array([tree for tree, _ in combinatorial.spanning_tree(TREE_LOGITS)])
+PROBABILITIES, PRIOR_PROBABILITIES = (
+    np.array([p for _, p in combinatorial.spanning_tree(logits)])
+    for logits in (TREE_LOGITS, TREE_PRIOR)
+)
+# Factors of the linear and the quadratic part of a log-likelihood.
+TREE_LIKELIHOODS = {"none": (0.0, 0.0), "linear": (1.0, 0.0), "quadratic": (0.5, 1.0)}
+
+
+def tree_log_likelihood(z, weights, linear, quadratic):
+    along = (z * weights).sum((-2, -1))
+    return linear * along - quadratic * (1 - along) ** 2 / 2
+
+
+def tree_model(likelihood):
+    with pyro.plate("data", len(TREES)), pyro.poutine.scale(scale=torch.as_tensor(PROBABILITIES)):
+        z = pyro.sample("z", SpanningTree(torch.as_tensor(TREE_PRIOR)))
+        pyro.factor("x", tree_log_likelihood(z, torch.as_tensor(TREE_WEIGHTS), *likelihood))
+
+
+def tree_guide(likelihood):
+    logits = pyro.param("logits", torch.as_tensor(TREE_LOGITS))
+    with pyro.plate("data", len(TREES)), pyro.poutine.scale(scale=torch.as_tensor(PROBABILITIES)):
+        pyro.sample("z", SpanningTree(logits))
+
+
+def all_trees(logits, generator):
+    """Each of the trees once, in the place of draws."""
+    torch.testing.assert_close(logits, torch.as_tensor(TREE_LOGITS).expand_as(logits))
+    return torch.as_tensor(TREES)
+
+
+def tree_errors(estimator, loss):
+    """Of the expected gradient of the negative ELBO, summed over all trees, by likelihood."""
+    errors = {}
+    for name, likelihood in TREE_LIKELIHOODS.items():
+        pyro.clear_param_store()
+        loss.loss_and_grads(tree_model, imle(tree_guide, {"z": estimator}), likelihood)
+        errors[name] = tree_error(pyro.param("logits").grad.numpy(), likelihood)
+    return errors
+
+
+def tree_error(actual, likelihood):
+    """Against the exact gradient, relative to it; log-probabilities are half of <z, logits>."""
+    values = np.log(PROBABILITIES) - np.log(PRIOR_PROBABILITIES)
+    values -= tree_log_likelihood(TREES, TREE_WEIGHTS, *likelihood)
+    mean = np.tensordot(PROBABILITIES, TREES, axes=1)
+    exact = np.tensordot(PROBABILITIES * values, (TREES - mean) / 2, axes=1)
+    return np.linalg.norm(actual - exact) / np.linalg.norm(exact)
+
+
+def test_expected_gradients_of_trees(monkeypatch):
+    """Without bias for what is linear, and with a second order for what is quadratic."""
+    monkeypatch.setattr(trees, "draw", all_trees)
+    for estimator in (SIMPLE(), StraightThrough()):
+        errors = tree_errors(estimator, TraceMeanField_ELBO())
+        assert max(errors["none"], errors["linear"]) < 1e-10
+        assert errors["quadratic"] > 0.1
+    for loss in (TraceMeanField_ELBO(), Trace_ELBO()):
+        assert max(tree_errors(ReinMax(), loss).values()) < 1e-10
+
+
+def test_groups_of_trees_find_the_posterior():
+    """Two groups to a datum, under a mask and in a plate; values stay exactly trees."""
+    truth = np.ones((2, 2, 3, 3)) - np.eye(3)
+    for index, (i, j) in zip(np.ndindex(2, 2), [(0, 1), (0, 2), (1, 2), (0, 1)], strict=True):
+        truth[*index, i, j] = truth[*index, j, i] = 0
+
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", SpanningTree(torch.zeros(2, 3, 3)).to_event(1).mask(True))
+            pyro.sample("x", dist.Normal(2 * z, 1.0).to_event(3), obs=2 * torch.as_tensor(truth))
+
+    def guide():
+        scores = pyro.param("scores", torch.zeros(2, 2, 3, 3))
+        with pyro.plate("data", 2):
+            site = SpanningTree(scores + scores.mT).to_event(1)
+            return pyro.sample("z", site.mask(True))
+
+    wrapped = imle(guide, ReinMax())
+    svi = SVI(model, wrapped, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO(3))
+    for _ in range(60):
+        svi.step()
+
+    scores = pyro.param("scores").detach()
+    means = SpanningTree(scores + scores.mT).mean.numpy()
+    assert ((means > 0.7) == (truth == 1)).all()
+    assert SpanningTree.support.check(wrapped()).all()
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        IMLE(),
+        AdaptiveIMLE(),
+        GumbelSoftmaxST(),
+        StraightThrough(noise=GumbelNoise()),
+        StraightThrough(temperature=0.5),
+    ],
+)
+def test_refusals_at_trees(estimator):
+    program = imle(lambda: pyro.sample("z", SpanningTree(torch.zeros((3, 3)))), {"z": estimator})
+    with pytest.raises(ValueError, match=r"without noise .* PerturbAndMAP\(logits / 2, spanning"):
+        program()

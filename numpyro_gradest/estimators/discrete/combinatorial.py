@@ -5,6 +5,7 @@ from functools import cache, partial
 import numpy as np
 from jaxtyping import Array
 
+from numpyro_gradest.estimators.discrete import trees
 from numpyro_gradest.estimators.discrete.solvers import Solve, Solver, numpy_solver
 
 
@@ -16,15 +17,21 @@ def spanning_tree() -> Solver:
         of the edge between nodes i and j of a complete graph, and both are marked in the
         symmetric state. The diagonal does not count.
 
+        Its marginals and its exact draws are those of p(z) proportional to exp <z, theta>, which
+        is ``SpanningTree(theta + theta.mT)``. ``SIMPLE`` and ``ReinMax`` draw from that law.
+        ``StraightThrough`` draws perturbed maxima, whose law is another one under any of the
+        noises here, and has the gradient of this law's mean all the same.
+
     Raises:
         ValueError: When solving, if theta is not square.
 
     Bias and variance:
-        Unbiased: the maximum is exact. The law of perturbed maxima is not the one in which a
-        tree's probability is proportional to the product of its weights.
+        Unbiased: the maximum is exact, and so are the marginals and draws of the exponential
+        family, whose law is not that of perturbed maxima.
 
     Cost:
-        O(n^2 log n) per datum, one after the other, on the CPU.
+        O(n^2 log n) per datum, one after the other, on the CPU. The marginals take O(n^3), a draw
+        O(n^3) too, of all data at once, on the device of theta.
 
     Example:
         >>> import jax.numpy as jnp
@@ -39,7 +46,9 @@ def spanning_tree() -> Solver:
         1956.
     """
     solver = numpy_solver(_spanning_tree, event_dim=2)
-    return solver._replace(solve=partial(_of_square, solver.solve))
+    return solver._replace(
+        solve=partial(_solve_tree, solver.solve), marginals=_tree_marginals, draw=_draw_tree
+    )
 
 
 def assignment() -> Solver:
@@ -99,13 +108,30 @@ def shortest_path() -> Solver:
 # SciPy is imported where it is used: most who import this package solve none of these.
 
 
-def _of_square(solve: Solve, theta: Array) -> Array:
+def _solve_tree(solve: Solve, theta: Array) -> Array:
+    _check_square(theta)
+    return solve(theta)
+
+
+# In trees an edge's logit is the mean of its two entries; in <z, theta> it is their sum.
+
+
+def _tree_marginals(theta: Array) -> Array:
+    _check_square(theta)
+    return trees.marginals(2 * theta)
+
+
+def _draw_tree(key: Array, theta: Array) -> Array:
+    _check_square(theta)
+    return trees.draw(key, 2 * theta)
+
+
+def _check_square(theta: Array) -> None:
     if theta.shape[-1] != theta.shape[-2]:
         raise ValueError(
             f"spanning_tree needs theta of shape [*batch, n, n], a weight for each pair of nodes, "
             f"got {tuple(theta.shape)}."
         )
-    return solve(theta)
 
 
 def _spanning_tree(theta: np.ndarray) -> np.ndarray:

@@ -48,9 +48,9 @@ def ovis_gamma_learning_signal(
         ValueError: If K < 2, or ``gamma`` is not between 0 and 1.
 
     Bias and variance:
-        Unbiased for ``gamma=0``, and the signal-to-noise ratio of the guide's gradient grows as
-        sqrt(K). Otherwise biased by design, by ``gamma`` times the expected wake-phi gradient
-        (the constant log(1 - 1/K) multiplies a score of mean zero).
+        Unbiased for ``gamma=0``, and the signal-to-noise ratio of the guide's gradient grows, as
+        sqrt(K) in the limit of many particles. Otherwise biased by design, by ``gamma`` times the
+        expected wake-phi gradient (the constant log(1 - 1/K) multiplies a score of mean zero).
 
     Cost:
         O(K) time and memory per batch element.

@@ -50,8 +50,8 @@ def vimco_learning_signal(
         ValueError: If K < 2, or ``leave_one_out`` is neither of the two.
 
     Bias and variance:
-        Unbiased, with either mean. The signal-to-noise ratio of the guide's gradient falls as
-        1/sqrt(K).
+        Unbiased, with either mean. The signal-to-noise ratio of the guide's gradient falls, as
+        1/sqrt(K) in the limit of many particles.
 
     Cost:
         O(K) time and memory per batch element.

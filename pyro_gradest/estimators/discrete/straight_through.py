@@ -33,10 +33,11 @@ class StraightThrough:
 
     Bias and variance:
         Biased by design; unbiased if the objective is linear in the state and the mean is that of
-        the draws, as for ``one_hot_argmax()`` and ``threshold()``.
+        the draws, as for ``one_hot_argmax()`` and ``threshold()``. Perturbed maxima of ``top_k``
+        and ``spanning_tree`` have another mean.
 
     Cost:
-        One call of the solver.
+        One call of the solver and, where it has them, of its marginals.
 
     Example:
         >>> import torch
@@ -141,11 +142,11 @@ class ReinMax:
     .. math:: \nabla_\theta L \approx \tfrac12 \big[ J + (z - \mu)(z - \mu)^\top \big] dy
 
     with mean :math:`\mu` and covariance J of the states: of a category, of a bit, and, which is
-    ours, of any family whose mean is known, as that of subsets is.
+    ours, of any family whose mean is known, as those of subsets and trees are.
 
     Raises:
-        ValueError: When drawing, if the solver knows neither the mean nor how to draw: those of
-            ``top_k``, ``one_hot_argmax`` and ``threshold`` do.
+        ValueError: When drawing, if the solver knows neither the mean nor how to draw:
+            ``top_k``, ``one_hot_argmax``, ``threshold`` and ``spanning_tree`` do.
 
     Bias and variance:
         Biased by design; unbiased if the objective is linear or quadratic in the state.
@@ -192,14 +193,15 @@ class SIMPLE:
     their mean.
 
     Raises:
-        ValueError: When drawing, if the solver knows neither the mean nor how to draw: those of
-            ``top_k``, ``one_hot_argmax`` and ``threshold`` do.
+        ValueError: When drawing, if the solver knows neither the mean nor how to draw:
+            ``top_k``, ``one_hot_argmax``, ``threshold`` and ``spanning_tree`` do.
 
     Bias and variance:
         Biased by design; unbiased if the objective is linear in the state.
 
     Cost:
-        O(n k) time and memory per datum for k of n items, in O(log n) steps.
+        O(n k) time and memory per datum for k of n items, in O(log n) steps; O(n^3) for trees of
+        n nodes, in O(n).
 
     Example:
         >>> import torch
@@ -271,7 +273,7 @@ def _known(item: Any, caller: str) -> Any:
     if item is None:
         raise ValueError(
             f"{caller} needs to know the mean of the states, which this solver does not: it is "
-            "for top_k, one_hot_argmax and threshold, or a Solver(..., marginals=, draw=). IMLE "
-            "takes any solver."
+            "for top_k, one_hot_argmax, threshold and spanning_tree, or a Solver(..., marginals=, "
+            "draw=). IMLE takes any solver."
         )
     return item

@@ -36,7 +36,9 @@ def marginals(logits: Float[Tensor, " *batch n n"]) -> Float[Tensor, " *batch n 
 
 
 def draw(
-    logits: Float[Tensor, " *batch n n"], sample_shape: tuple[int, ...] = ()
+    logits: Float[Tensor, " *batch n n"],
+    generator: torch.Generator | None,
+    sample_shape: tuple[int, ...] = (),
 ) -> Float[Tensor, " *samples_batch n n"]:
     """Adjacency matrices ``[*sample_shape, *batch, n, n]``, exactly from the family."""
     _, stars, log_kept = _eliminate(logits.detach())
@@ -44,7 +46,7 @@ def draw(
     nodes = torch.arange(num_nodes, device=logits.device)
     parents = nodes.expand(*sample_shape, *logits.shape[:-1])
     for node in reversed(range(num_nodes - 1)):
-        parents = _insert(node, parents, stars[node], log_kept[node])
+        parents = _insert(node, parents, stars[node], log_kept[node], generator)
     half = (parents[..., None] == nodes) & (nodes[:, None] != nodes)
     return (half | half.mT).to(logits.dtype)
 
@@ -73,19 +75,26 @@ def _eliminate(logits: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]
     return log_factors, stars, log_kept
 
 
-def _insert(node: int, parents: Tensor, star: Tensor, log_kept: Tensor) -> Tensor:
+def _insert(
+    node: int,
+    parents: Tensor,
+    star: Tensor,
+    log_kept: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor:
     """A tree that has the node as its root, from one of the nodes after it.
 
     Trees are the parents of their nodes. A root, and what is not in the tree yet, is its own.
     """
     nodes = torch.arange(parents.shape[-1], device=parents.device)
     log_kept = torch.take_along_dim(log_kept.expand(*parents.shape, -1), parents[..., None], -1)
-    is_kept = torch.rand_like(log_kept[..., 0]) < log_kept[..., 0].exp()
-    parents = torch.where(is_kept, parents, nodes)
+    shape, dtype, device = parents.shape, star.dtype, star.device
+    uniform = torch.rand(shape, generator=generator, dtype=dtype, device=device)
+    parents = torch.where(uniform < log_kept[..., 0].exp(), parents, nodes)
     jumps = [parents]  # by 1, 2, 4, ... edges upwards, staying at the top
     for _ in range(parents.shape[-1].bit_length()):
         jumps.append(jumps[-1].gather(-1, jumps[-1]))
-    is_joined = _one_of_each(jumps[-1], star) & (nodes > node)
+    is_joined = _one_of_each(jumps[-1], star, generator) & (nodes > node)
     # Each piece is turned to have the node that is joined as its top: the path up is reversed.
     is_on_path = is_joined
     for jump in jumps:
@@ -95,10 +104,10 @@ def _insert(node: int, parents: Tensor, star: Tensor, log_kept: Tensor) -> Tenso
     return torch.where(is_joined, node, turned)
 
 
-def _one_of_each(piece: Tensor, star: Tensor) -> Tensor:
+def _one_of_each(piece: Tensor, star: Tensor, generator: torch.Generator | None) -> Tensor:
     """Marks one node of each piece, drawn in proportion to its weight."""
     star = star.expand(piece.shape)
-    noisy = star + GumbelNoise().sample_like(star)
+    noisy = star + GumbelNoise().sample_like(star, generator=generator)
     best = torch.full_like(noisy, 2 * _NEVER).scatter_reduce(-1, piece, noisy, "amax")
     # Where two are equal, which happens in float32, the later one is taken.
     numbers = torch.arange(1, piece.shape[-1] + 1, device=piece.device).expand(piece.shape)
