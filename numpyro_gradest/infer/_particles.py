@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_gradest.infer._antithetic import antithetic_term, trace_pair
+from numpyro_gradest.infer._credit import Credit, Upstream, upstream_sites
 from numpyro_gradest.infer._plates import (
     CommonPlates,
     check_plate_shape,
     common_plates,
     plate_dims,
+    plates_of,
     to_batch,
 )
 from numpyro_gradest.infer._site_estimators import SiteEstimators, is_apart, is_score_site
@@ -69,6 +71,8 @@ class Particles(NamedTuple):
     log_q_signals: dict[str, Float[Array, " *batch"]]
     """As ``log_q_score``, of the sites with a learning signal of their own: one entry for each
     signal, by the first site that has it."""
+    credits: dict[str, Credit]
+    """If asked for, by score-function site: its ``log_q_score`` and what is downstream of it."""
     along_paths: "dict[str, Particles]"
     """Under ``"dreg"`` and ``"stl"``: the same once more, with no gradient but that along the paths
     that start at the reparameterised draws of a kind."""
@@ -119,6 +123,13 @@ def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> P
         if "partner" in term.site:
             antithetic = to_batch(antithetic_term(term.site), term.dims, plates)
             totals["antithetic"] += jnp.where(is_active, antithetic, 0.0)
+    credits = {}
+    if program.has_credits:
+        score_sites = [term for term in terms if term.part == "log_q_score"]
+        names = {term.name for term in score_sites}
+        upstream = upstream_sites(program, model_trace, guide_trace, names)
+        for term in score_sites:
+            credits[term.name] = _read_credit(term, _downstream_of(term, terms, upstream), plates)
     return Particles(
         log_p=totals["log_p"],
         log_q_score=totals["log_q_score"],
@@ -131,8 +142,39 @@ def read_particle(program: Program, model_trace: Trace, guide_trace: Trace) -> P
         log_q_signals={
             part.removeprefix(_SIGNAL): totals[part] for part in parts if part not in _PARTS
         },
+        credits=credits,
         along_paths={},
     )
+
+
+def _downstream_of(
+    site: "_Term", terms: list["_Term"], upstream: dict[tuple[str, str], Upstream]
+) -> list["_Term"]:
+    """The terms that depend on the draw of a site; their plates are those it shares with them."""
+    if site.site["is_observed"]:
+        raise ValueError(
+            f"Guide site {site.name!r} is a factor, which stands for draws that the guide has made "
+            'by itself, so that what is downstream of them is not known. Use credit="whole".'
+        )
+    downstream = []
+    for term in terms:
+        above = upstream["model" if term.part == "log_p" else "guide", term.name]
+        if site.name in above:
+            dims = {plate: dim for plate, dim in term.dims.items() if plate in above[site.name]}
+            downstream.append(term._replace(dims=dims))
+    return downstream
+
+
+def _read_credit(site: "_Term", downstream: list["_Term"], plates: CommonPlates) -> Credit:
+    own_plates = plates_of(site.site)
+    drawn = site.site | {"fn": unmasked(site.site["fn"])}
+    log_q = to_batch(log_prob_of(site.name, drawn), site.dims, own_plates)
+    log_q = jnp.where(_is_active(downstream, own_plates), log_q, 0.0)
+    cost = jnp.zeros(own_plates.sizes)
+    for term in downstream:
+        total = to_batch(term.scale * term.log_prob, term.dims, own_plates)
+        cost += total if term.part == "log_p" else -total
+    return Credit(log_q, plates.subsample_scale * jax.lax.stop_gradient(cost))
 
 
 def _pair(first: Particles, partner: Particles) -> Particles:

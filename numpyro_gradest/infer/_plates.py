@@ -59,13 +59,24 @@ def common_plates(model_trace: Trace, guide_trace: Trace, *, is_weighted: bool) 
 
 
 def to_batch(array: Array, dims: dict[str, int], plates: CommonPlates) -> Array:
-    """Sum over all dims but those of the common plates, and put these in order."""
+    """Sum over all dims but those of the plates, put these in order, and repeat along others."""
     depth = max((-dim for dim in dims.values()), default=0)
     array = array.reshape((1,) * (depth - array.ndim) + array.shape)
-    kept = [array.ndim + dims[plate] for plate in plates.names]
+    kept = [array.ndim + dims[plate] for plate in plates.names if plate in dims]
     array = array.sum([axis for axis in range(array.ndim) if axis not in kept])
     order = [sorted(kept).index(axis) for axis in kept]
-    return jnp.broadcast_to(array.transpose(order), plates.sizes)
+    array = array.transpose(order)
+    if len(kept) < len(plates.names):
+        array = array[tuple(slice(None) if plate in dims else None for plate in plates.names)]
+    return jnp.broadcast_to(array, plates.sizes)
+
+
+def plates_of(site: Site) -> CommonPlates:
+    """The plates of one site, for sums over the elements of others."""
+    frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
+    return CommonPlates(
+        tuple(frame.name for frame in frames), tuple(frame.size for frame in frames), 1.0
+    )
 
 
 def plate_dims(site: Site) -> dict[str, int]:

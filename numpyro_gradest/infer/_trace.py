@@ -37,6 +37,8 @@ class Program(NamedTuple):
     """Whether implicit sites are dealt with; else they raise, as they have no density."""
     is_antithetic: bool = False
     """Whether a particle is an antithetic pair."""
+    has_credits: bool = False
+    """Whether it is found out what is downstream of each score-function site."""
     plate_key: Array | None = None
     """What every plate's subsample is drawn from, so that all particles see the same data."""
 

@@ -22,6 +22,7 @@ from numpyro_gradest.estimators import (
     renyi_weights,
 )
 from numpyro_gradest.estimators._validation import check_count
+from numpyro_gradest.infer._credit import Credit
 from numpyro_gradest.infer._particles import Particles, refuse_log_weights, run_particle
 from numpyro_gradest.infer._site_estimators import SiteEstimators
 from numpyro_gradest.infer._trace import Program
@@ -39,6 +40,8 @@ class Coefficients(NamedTuple):
     """a, of the log q of score-function sites."""
     signals: dict[str, Array]
     """a of the sites with a learning signal of their own, by its key."""
+    credits: dict[str, Array]
+    """a of the sites that have one for what is downstream of each, ``[K, *plates of the site]``."""
     path_weights: Array | None = None
     """If there are ``"dreg"`` sites: of the log-weights along the path through their draws."""
     model_weights: Array | None = None
@@ -48,7 +51,7 @@ class Coefficients(NamedTuple):
 
     def along_path(self, kind: str) -> "Coefficients":
         """Those along the path that starts at the draws of a kind."""
-        whole = Coefficients(self.weights, self.learning_signal, self.signals)
+        whole = Coefficients(self.weights, self.learning_signal, self.signals, self.credits)
         moved = self.path_weights
         if kind != "dreg" or moved is None:
             return whole
@@ -57,6 +60,7 @@ class Coefficients(NamedTuple):
             moved,
             self.learning_signal - moved,
             {key: signal - moved for key, signal in self.signals.items()},
+            self.credits,
         )
 
 
@@ -104,6 +108,8 @@ class MultiSampleELBO(ELBO, ABC):
     num_auxiliary = 0
     # DisARM alone has a particle be two draws; a second axis of the batch tells them apart.
     _is_antithetic = False
+    # RLOO can give a site the credit for what is downstream of it.
+    _has_credits = False
 
     def __init__(
         self,
@@ -214,9 +220,16 @@ class MultiSampleELBO(ELBO, ABC):
             weights=self._weights(log_weights),
             learning_signal=self._learning_signal(program, log_weights, auxiliary_log_weights),
             signals=self._own_signals(program.estimators, log_weights),
+            credits={},
             path_weights=self._path_weights(log_weights) if has_dreg else None,
             model_weights=self._pooled_weights(log_weights) if self.pool_replicates else None,
         )
+
+    def _signals_of_credits(
+        self, credits: dict[str, Credit]
+    ) -> dict[str, Float[Array, " runs *plates"]]:
+        """Full coefficients of grad log q at sites with a signal of what is downstream of each."""
+        return {}
 
     def _pooled_weights(self, log_weights: Float[Array, " K *batch"]) -> Float[Array, " K *batch"]:
         of_all = self._weights(log_weights.reshape(-1, *log_weights.shape[2:]))
@@ -278,6 +291,7 @@ class MultiSampleELBO(ELBO, ABC):
             SiteEstimators.of(self),
             is_weighted=self._is_weighted,
             is_antithetic=self._is_antithetic,
+            has_credits=self._has_credits,
         )
         program = program.with_plate_key(plate_key)
 
@@ -297,6 +311,7 @@ class MultiSampleELBO(ELBO, ABC):
             lambda one: scale * one.reshape(scale.shape),
             self._coefficients(program, log_weights, auxiliary),
         )
+        coefficients = coefficients._replace(credits=self._signals_of_credits(particles.credits))
         if self.chunk_size:
             # Only keys and coefficients are kept: the backward pass runs each chunk again.
             @jax.checkpoint
@@ -357,6 +372,9 @@ def _surrogate(particles: Particles, coefficients: Coefficients) -> Float[Array,
 def _linear(particles: Particles, coefficients: Coefficients) -> Float[Array, ""]:
     log_p, nothing = particles.log_p, jnp.zeros_like(particles.log_p)
     surrogate = signal_surrogate(particles, coefficients.signals)
+    for site, credit in particles.credits.items():
+        none = jnp.zeros_like(credit.log_q)
+        surrogate = surrogate + _total(none, none, credit.log_q, none, coefficients.credits[site])
     if coefficients.model_weights is not None:
         surrogate = surrogate + _total(log_p, nothing, nothing, coefficients.model_weights, nothing)
         log_p = nothing

@@ -5,9 +5,11 @@ Notation: lw_k = log p(x, z_k) - log q(z_k | x), h_k the gradient of log q(z_k |
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_gradest.estimators import reinforce_leave_one_out_learning_signal
+from numpyro_gradest.infer._credit import Credit
 from numpyro_gradest.infer._trace import Program
 from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
@@ -77,6 +79,7 @@ class RLOO(MultiSampleELBO):
         self,
         num_particles: int,
         *,
+        credit: str = "whole",
         reparam: str = "pathwise",
         num_replicates: int = 1,
         chunk_size: int | None = None,
@@ -90,6 +93,10 @@ class RLOO(MultiSampleELBO):
             chunk_size=chunk_size,
             vectorize_particles=vectorize_particles,
         )
+        if credit not in ("whole", "downstream"):
+            raise ValueError(f'RLOO needs credit="whole" or "downstream", got {credit!r}.')
+        self.credit = credit
+        self._has_credits = credit == "downstream"
 
     def _learning_signal(
         self,
@@ -97,4 +104,16 @@ class RLOO(MultiSampleELBO):
         log_weights: Float[Array, " K *batch"],
         auxiliary_log_weights: Float[Array, " S *batch"] | None,
     ) -> Float[Array, " K *batch"]:
+        if self._has_credits:
+            return jnp.zeros_like(log_weights)
         return reinforce_leave_one_out_learning_signal(log_weights)
+
+    def _signals_of_credits(
+        self, credits: dict[str, Credit]
+    ) -> dict[str, Float[Array, " runs *plates"]]:
+        signals = {}
+        for site, credit in credits.items():
+            costs = self._by_replicate(credit.cost)
+            signal = reinforce_leave_one_out_learning_signal(costs) / self.num_replicates
+            signals[site] = signal.reshape(credit.cost.shape)
+        return signals

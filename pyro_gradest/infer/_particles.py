@@ -7,20 +7,24 @@ model and guide.
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from pyro.distributions.util import scale_and_mask
+from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 
 from pyro_gradest.infer._antithetic import antithetic_term, trace_pair
+from pyro_gradest.infer._credit import Credit, TrackDraws, Upstream, upstream_sites
 from pyro_gradest.infer._graph import Cut
 from pyro_gradest.infer._plates import (
     PARTICLE_PLATE,
     CommonPlates,
     common_plates,
     plate_dims,
+    plates_of,
     to_batch,
 )
 from pyro_gradest.infer._site_estimators import SiteEstimators, is_apart, is_score_site
@@ -69,6 +73,8 @@ class Particles(NamedTuple):
     log_q_signals: dict[str, Float[Tensor, " K *batch"]]
     """As ``log_q_score``, of the sites with a learning signal of their own: one entry for each
     signal, by the first site that has it."""
+    credits: dict[str, Credit]
+    """If asked for, by score-function site: its ``log_q_score`` and what is downstream of it."""
 
     @property
     def log_weights(self) -> Float[Tensor, " K *batch"]:
@@ -88,12 +94,17 @@ def _run(program: Program, num_particles: int) -> Particles:
     if program.is_antithetic:
         pair = trace_pair(program, num_particles)
         return _pair(*(read_particles(program, *traces, num_particles) for traces in pair))
+    if program.has_credits:
+        with TrackDraws():
+            traces = trace_particles(program, num_particles)
+        particles = read_particles(program, *traces, num_particles)
+        return detach_provenance(particles)  # type: ignore[type-var]  # takes tuples, too
     return read_particles(program, *trace_particles(program, num_particles), num_particles)
 
 
 def concatenate(runs: list[Particles]) -> Particles:
     """Join particles along axis 0."""
-    *parts, largest, paths, log_q_signals = zip(*runs, strict=True)
+    *parts, largest, paths, log_q_signals, credits = zip(*runs, strict=True)
     tensors = map(torch.cat, parts)
     by_site: dict[str, list[Tensor]] = defaultdict(list)
     for run in largest:  # particles may take branches of their own
@@ -105,7 +116,14 @@ def concatenate(runs: list[Particles]) -> Particles:
         key: torch.cat([run.get(key, zero) for run, zero in zip(log_q_signals, zeros, strict=True)])
         for key in dict.fromkeys(key for run in log_q_signals for key in run)
     }
-    return Particles._make([*tensors, joined, sum(paths, ()), signals])
+    if any(credits):
+        _check_same_sites(largest)
+    by_run = {site: [run[site] for run in credits] for site in credits[0]}
+    joined_credits = {
+        site: Credit._make(map(torch.cat, zip(*of_site, strict=True)))
+        for site, of_site in by_run.items()
+    }
+    return Particles._make([*tensors, joined, sum(paths, ()), signals, joined_credits])
 
 
 def read_particles(
@@ -157,16 +175,71 @@ def read_particles(
         if "path_value" in site
     )
     signals = {part.removeprefix(_SIGNAL): total for part, total in parts.items()}
-    return Particles._make([*tensors, largest, (path,), signals])
+    credits = {}
+    if program.has_credits:
+        score_sites = [term for term in terms if term.part == "log_q_score"]
+        upstream = upstream_sites(model_trace, guide_trace, {term.name for term in score_sites})
+        for term in score_sites:
+            downstream = _downstream_of(term, terms, upstream)
+            credits[term.name] = _read_credit(term, downstream, plates, num_particles)
+    return Particles._make([*tensors, largest, (path,), signals, credits])
+
+
+def _downstream_of(
+    site: "_Term", terms: list["_Term"], upstream: dict[tuple[str, str], Upstream]
+) -> list["_Term"]:
+    """The terms that depend on the draw of a site; their plates are those it shares with them."""
+    if site.site["is_observed"]:
+        raise ValueError(
+            f"Guide site {site.name!r} is a factor, which stands for draws that the guide has made "
+            'by itself, so that what is downstream of them is not known. Use credit="whole".'
+        )
+    downstream = []
+    for term in terms:
+        above = upstream["model" if term.part == "log_p" else "guide", term.name]
+        if site.name in above:
+            dims = {plate: dim for plate, dim in term.dims.items() if plate in above[site.name]}
+            downstream.append(term._replace(dims=dims))
+    return downstream
+
+
+def _read_credit(
+    site: "_Term", downstream: list["_Term"], plates: CommonPlates, num_particles: int
+) -> Credit:
+    own_plates = plates_of(site.site)
+    log_q = to_batch(log_density(site.site), site.dims, own_plates)
+    is_active = _is_active(downstream, own_plates)
+    if isinstance(is_active, Tensor):
+        log_q = log_q.masked_fill(~is_active, 0.0)
+    cost = torch.zeros_like(log_q)
+    for term in downstream:
+        total = to_batch(term.scale * term.log_prob, term.dims, own_plates)
+        cost = cost + (total if term.part == "log_p" else -total)
+    credit = Credit(log_q, plates.subsample_scale * cost.detach())
+    if PARTICLE_PLATE not in own_plates.names:
+        credit = Credit._make(one.expand(num_particles, *one.shape) for one in credit)
+    return credit
+
+
+def _check_same_sites(runs: Iterable[dict[str, Tensor]]) -> None:
+    """Dependencies are read off tensors: of a branch that a particle took they say nothing."""
+    first, *others = map(set, runs)
+    for other in others:
+        if different := sorted(first ^ other):
+            raise ValueError(
+                f"The {different[0]} is there at some particles only: model or guide branches on a "
+                'draw, of which credit="downstream" can\'t tell what it changes. Use '
+                'credit="whole".'
+            )
 
 
 def _pair(first: Particles, partner: Particles) -> Particles:
     """The two draws of a pair along one more axis of the batch, in front; each counts half."""
     runs = [first, partner]
-    *parts, largest, paths, _ = zip(*runs, strict=True)
+    *parts, largest, paths, _, _ = zip(*runs, strict=True)
     *tensors, bound_scale = (torch.stack(part, dim=1) for part in parts)
     joined = {site: torch.cat([one, largest[1][site]]) for site, one in largest[0].items()}
-    return Particles._make([*tensors, bound_scale / 2, joined, sum(paths, ()), {}])
+    return Particles._make([*tensors, bound_scale / 2, joined, sum(paths, ()), {}, {}])
 
 
 class _Term(NamedTuple):

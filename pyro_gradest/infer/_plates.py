@@ -73,14 +73,24 @@ def common_plates(model_trace: Trace, guide_trace: Trace, *, is_weighted: bool) 
 
 
 def to_batch(tensor: Tensor, dims: dict[str, int], plates: CommonPlates) -> Tensor:
-    """Sum over all dims but those of the common plates, and put these in order."""
+    """Sum over all dims but those of the plates, put these in order, and repeat along others."""
     depth = max((-dim for dim in dims.values()), default=0)
     tensor = tensor.reshape((1,) * (depth - tensor.dim()) + tensor.shape)
-    kept = [tensor.dim() + dims[plate] for plate in plates.names]
+    kept = [tensor.dim() + dims[plate] for plate in plates.names if plate in dims]
     summed = [axis for axis in range(tensor.dim()) if axis not in kept]
     tensor = tensor.sum(summed) if summed else tensor
     order = sorted(range(len(kept)), key=kept.__getitem__)
-    return tensor.permute([order.index(i) for i in range(len(order))]).expand(plates.sizes)
+    tensor = tensor.permute([order.index(i) for i in range(len(order))])
+    if len(kept) < len(plates.names):
+        tensor = tensor[tuple(slice(None) if plate in dims else None for plate in plates.names)]
+    return tensor.expand(plates.sizes)
+
+
+def plates_of(site: Site) -> CommonPlates:
+    """The plates of one site, for sums over the elements of others."""
+    dims, extents = plate_dims(site), _extents(site)
+    names = tuple(sorted(dims, key=dims.__getitem__))
+    return CommonPlates(names, tuple(extents[name] for name in names), (), 1.0)
 
 
 def plate_dims(site: Site) -> dict[str, int]:

@@ -52,6 +52,8 @@ class Program(NamedTuple):
     """Subsample indices by plate, drawn once so that all particles see the same data."""
     is_antithetic: bool = False
     """Whether a particle is an antithetic pair."""
+    has_credits: bool = False
+    """Whether it is found out what is downstream of each score-function site."""
     parents: Parents | None = None
     """What implicit sites are computed from; ``None`` where they are not dealt with."""
 

@@ -23,6 +23,7 @@ from pyro_gradest.estimators import (
     renyi_weights,
 )
 from pyro_gradest.estimators._validation import check_count
+from pyro_gradest.infer._credit import Credit
 from pyro_gradest.infer._graph import graph_leaves, through_cuts
 from pyro_gradest.infer._particles import (
     Particles,
@@ -50,6 +51,8 @@ class Coefficients(NamedTuple):
     """a, of the log q of score-function sites."""
     signals: dict[str, Tensor]
     """a of the sites with a learning signal of their own, by its key."""
+    credits: dict[str, Tensor]
+    """a of the sites that have one for what is downstream of each, ``[K, *plates of the site]``."""
     path_weights: Tensor | None = None
     """If there are ``"dreg"`` sites: of the log-weights along the path through their draws."""
     model_weights: Tensor | None = None
@@ -59,7 +62,7 @@ class Coefficients(NamedTuple):
 
     def along_path(self, kind: str) -> "Coefficients":
         """Those along the path that starts at the draws of a kind."""
-        whole = Coefficients(self.weights, self.learning_signal, self.signals)
+        whole = Coefficients(self.weights, self.learning_signal, self.signals, self.credits)
         moved = self.path_weights
         if kind != "dreg" or moved is None:
             return whole
@@ -68,14 +71,17 @@ class Coefficients(NamedTuple):
             moved,
             self.learning_signal - moved,
             {key: signal - moved for key, signal in self.signals.items()},
+            self.credits,
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Coefficients":
         """A function of each coefficient."""
-        signals = {key: function(signal) for key, signal in self.signals.items()}
-        others = (None if one is None else function(one) for one in self[3:])
+        signals, credits = (
+            {key: function(one) for key, one in by_site.items()} for by_site in self[2:4]
+        )
+        others = (None if one is None else function(one) for one in self[4:])
         return Coefficients(
-            function(self.weights), function(self.learning_signal), signals, *others
+            function(self.weights), function(self.learning_signal), signals, credits, *others
         )
 
 
@@ -131,6 +137,8 @@ class MultiSampleELBO(ELBO):
     num_auxiliary = 0
     # DisARM alone has a particle be two draws; a second axis of the batch tells them apart.
     _is_antithetic = False
+    # RLOO can give a site the credit for what is downstream of it.
+    _has_credits = False
 
     def __init__(
         self,
@@ -253,9 +261,16 @@ class MultiSampleELBO(ELBO):
             weights=self._weights(log_weights),
             learning_signal=self._learning_signal(program, log_weights, auxiliary_log_weights),
             signals=self._own_signals(program.estimators, log_weights),
+            credits={},
             path_weights=self._path_weights(log_weights) if has_dreg else None,
             model_weights=self._pooled_weights(log_weights) if self.pool_replicates else None,
         )
+
+    def _signals_of_credits(
+        self, credits: dict[str, Credit]
+    ) -> dict[str, Float[Tensor, " runs *plates"]]:
+        """Full coefficients of grad log q at sites with a signal of what is downstream of each."""
+        return {}
 
     def _pooled_weights(
         self, log_weights: Float[Tensor, " K *batch"]
@@ -360,6 +375,7 @@ class MultiSampleELBO(ELBO):
 
     def _estimate(self, program: Program) -> tuple[Any, ...]:
         """The loss, and the particles that it was made from."""
+        program = program._replace(has_credits=self._has_credits)
         chunks: list[_Chunk] = []
         if self.chunk_size is None:
             particles = run_particles(program, self._num_runs)
@@ -377,6 +393,7 @@ class MultiSampleELBO(ELBO):
         scale = particles.bound_scale / self.num_replicates
         coefficients = self._coefficients(program, log_weights, auxiliary)
         coefficients = coefficients.map(lambda one: scale * one.reshape(scale.shape))
+        coefficients = coefficients._replace(credits=self._signals_of_credits(particles.credits))
         if self.chunk_size is None:
             surrogate = _surrogate(particles, coefficients)
         else:
@@ -506,6 +523,9 @@ def _surrogate(particles: Particles, coefficients: Coefficients) -> Tensor:
 def _linear(particles: Particles, coefficients: Coefficients) -> Float[Tensor, ""]:
     log_p, nothing = particles.log_p, torch.zeros_like(particles.log_p)
     surrogate = signal_surrogate(particles, coefficients.signals)
+    for site, credit in particles.credits.items():
+        none = torch.zeros_like(credit.log_q)
+        surrogate = surrogate + _total(none, none, credit.log_q, none, coefficients.credits[site])
     if coefficients.model_weights is not None:
         surrogate = surrogate + _total(log_p, nothing, nothing, coefficients.model_weights, nothing)
         log_p = nothing

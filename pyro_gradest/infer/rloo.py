@@ -5,10 +5,12 @@ Notation: lw_k = log p(x, z_k) - log q(z_k | x), h_k the gradient of log q(z_k |
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pyro_gradest.estimators import reinforce_leave_one_out_learning_signal
+from pyro_gradest.infer._credit import Credit
 from pyro_gradest.infer._trace import Program
 from pyro_gradest.infer.multisample_elbo import MultiSampleELBO
 
@@ -79,6 +81,7 @@ class RLOO(MultiSampleELBO):
         self,
         num_particles: int,
         *,
+        credit: str = "whole",
         reparam: str = "pathwise",
         num_replicates: int = 1,
         chunk_size: int | None = None,
@@ -92,6 +95,10 @@ class RLOO(MultiSampleELBO):
             chunk_size=chunk_size,
             **host_options,
         )
+        if credit not in ("whole", "downstream"):
+            raise ValueError(f'RLOO needs credit="whole" or "downstream", got {credit!r}.')
+        self.credit = credit
+        self._has_credits = credit == "downstream"
 
     def _learning_signal(
         self,
@@ -99,4 +106,16 @@ class RLOO(MultiSampleELBO):
         log_weights: Float[Tensor, " K *batch"],
         auxiliary_log_weights: Float[Tensor, " S *batch"] | None,
     ) -> Float[Tensor, " K *batch"]:
+        if self._has_credits:
+            return torch.zeros_like(log_weights)
         return reinforce_leave_one_out_learning_signal(log_weights)
+
+    def _signals_of_credits(
+        self, credits: dict[str, Credit]
+    ) -> dict[str, Float[Tensor, " runs *plates"]]:
+        signals = {}
+        for site, credit in credits.items():
+            costs = self._by_replicate(credit.cost)
+            signal = reinforce_leave_one_out_learning_signal(costs) / self.num_replicates
+            signals[site] = signal.reshape(credit.cost.shape)
+        return signals

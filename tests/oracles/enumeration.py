@@ -242,6 +242,46 @@ def estimator_gradients(
     return np.array(gradients)
 
 
+def credited_gradients(
+    problem: Problem,
+    num_particles: int,
+    credits: Callable[[Params, State, np.ndarray | None], Sequence[tuple[Any, Any]]],
+) -> np.ndarray:
+    """Gradient of the ELBO where each draw has the credit for its own costs, ``[T, P]``.
+
+    ``credits`` holds (log-density of the draw, sum of the costs downstream of it) for each element
+    of each score-function site. The ascent gradient of one tuple is
+
+        1/K sum_k  grad(log p_k - log q_k + log score_k)
+                   + sum_s (c_ks - 1/(K - 1) sum_{l != k} c_ls) grad log q_ks
+    """
+    gradients = []
+    for subsample in problem.subsamples:
+
+        def outside(params, subsample=subsample):
+            states = _all_densities(problem, params, subsample)
+            return np.array(
+                [np.sum(problem.scale * (d.log_p - d.log_q + d.log_score)) for d in states]
+            )
+
+        def each(params, subsample=subsample):
+            return np.array([credits(params, state, subsample) for state in problem.states])
+
+        slopes_outside = complex_step_gradient(outside, problem.params)  # [P, states]
+        slopes = complex_step_gradient(each, problem.params)[..., 0]  # [P, states, draws]
+        costs = np.real(each(problem.params))[..., 1]
+        for indices in tuples(problem, num_particles):
+            gradient = np.zeros(len(slopes))
+            for k, state in enumerate(indices):
+                gradient += slopes_outside[:, state]
+                others = [costs[other] for i, other in enumerate(indices) if i != k]
+                for s in range(costs.shape[1]):
+                    signal = costs[state, s] - np.mean([other[s] for other in others])
+                    gradient += signal * slopes[:, state, s]
+            gradients.append(gradient / num_particles)
+    return np.array(gradients)
+
+
 def expected_score(
     problem: Problem, num_particles: int, coefficients: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
