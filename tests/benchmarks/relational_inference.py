@@ -12,10 +12,11 @@ velocities change from messages along the tree's edges alone.
 Of held-out systems, with the heaviest tree of the scores: the share of its edges that are there,
 which is precision and recall at once, as all trees have as many edges; the share of systems whose
 tree is right throughout; and the root of the mean squared error of the predicted changes, in units
-of the noise in them. "RLOO" is the score function at a ``SpanningTree`` site. "known trees" is the
-first network fitted to the trees themselves, by their exact log-probability: a reference. So is
-"least squares", each system's own regression of accelerations on differences of positions, which is
-told that springs are linear.
+of the noise in them. "RLOO" is the score function at a ``SpanningTree`` site, at which "SIMPLE" and
+"ReinMax" draw too; the others draw heaviest trees of perturbed scores. "known trees" is the first
+network fitted to the trees themselves, by their exact log-probability: a reference. So is "least
+squares", each system's own regression of accelerations on differences of positions, which is told
+that springs are linear.
 """
 
 import argparse
@@ -160,6 +161,8 @@ def ways(host: str) -> dict[str, Way]:
         "IMLE, step 1": Way(e.IMLE()),
         "AdaptiveIMLE": Way(e.AdaptiveIMLE()),
         "StraightThrough": Way(e.StraightThrough()),
+        "SIMPLE": Way(e.SIMPLE()),
+        "ReinMax": Way(e.ReinMax()),
         "RLOO, 2 draws": Way(loss=package.RLOO(2, **options)),
         KNOWN: Way(),
     }
@@ -176,9 +179,10 @@ def batches(name: str, systems: Systems) -> Iterator[Systems]:
 def programs(ppl: Any, dist: Any, np: Any, asarray: Callable, way: Way, package: Any) -> tuple:
     """Model and guide, and a model of known trees, in either host's primitives."""
     solver = package.estimators.spanning_tree()
+    exact = package.SIMPLE, package.ReinMax
 
     def site(scores: Any) -> Any:
-        if way.estimator is None:
+        if way.estimator is None or isinstance(way.estimator, exact):
             return package.SpanningTree(scores)
         return package.PerturbAndMAP(scores, solver)
 
