@@ -151,11 +151,6 @@ def _downstream_of(
     site: "_Term", terms: list["_Term"], upstream: dict[tuple[str, str], Upstream]
 ) -> list["_Term"]:
     """The terms that depend on the draw of a site; their plates are those it shares with them."""
-    if site.site["is_observed"]:
-        raise ValueError(
-            f"Guide site {site.name!r} is a factor, which stands for draws that the guide has made "
-            'by itself, so that what is downstream of them is not known. Use credit="whole".'
-        )
     downstream = []
     for term in terms:
         above = upstream["model" if term.part == "log_p" else "guide", term.name]

@@ -22,11 +22,20 @@ class RLOO(MultiSampleELBO):
 
     Sites without a reparameterised sampler get the score function, where draw k is credited with
     its log-weight minus the mean of the others; there is one baseline for each element of the
-    plates common to all sites. The draws are not weighed against each other,
-    so that global latents and mini-batches go together.
+    plates common to all sites, or, with ``credit="downstream"``, of those of the site. The draws
+    are not weighed against each other, so that global latents and mini-batches go together.
 
     Args:
         num_particles: K, the number of draws, at least 2.
+        credit: ``"whole"`` credits each draw with its whole log-weight; ``"downstream"`` each
+            score-function site with those terms of it that depend on the site's draw: an element
+            of a plate with its own, and also where other sites lie outside of the plate.
+            Dependencies are found by the host's provenance, as in its ``TraceGraph_ELBO``. Within a
+            plate they are taken to be from element to element, as the plate declares: what is
+            computed from several of its elements may come back into it by way of a site outside
+            only. Plain Python numbers hide where they come from, and so does what is written into
+            a tensor: with an ``if`` on a draw, ``.item()`` or ``tensor[i] = draw``, take
+            ``"whole"``.
         reparam: What guide sites with a reparameterised sampler get. ``"pathwise"`` differentiates
             through their values; ``"stl"`` and ``"dreg"``, which are the same here, leave the
             score of their density out, whose mean is zero; ``"score"`` takes the score function at
@@ -45,10 +54,14 @@ class RLOO(MultiSampleELBO):
             first evaluation, if model and guide do not match.
 
     Bias and variance:
-        Unbiased for the gradient of the ELBO, with each ``reparam``. The variance falls as 1/K.
+        Unbiased for the gradient of the ELBO, with each ``reparam`` and ``credit``. The variance
+        falls as 1/K. ``credit="downstream"`` leaves out terms of mean zero, which lowers it as a
+        rule, and most where a latent lies outside of the plate of the others; but not always, as
+        such a term may happen to be correlated with what is left.
 
     Cost:
-        K evaluations of model and guide, and O(K) to combine them.
+        K evaluations of model and guide, and O(K) to combine them. ``credit="downstream"`` adds
+        the host's bookkeeping for every operation of model and guide.
 
     Example:
         >>> import pyro
@@ -72,7 +85,9 @@ class RLOO(MultiSampleELBO):
 
     References:
         Kool, van Hoof and Welling, `Buy 4 REINFORCE Samples, Get a Baseline for Free!
-        <https://openreview.net/forum?id=r1lgTGL5DE>`_, 2019.
+        <https://openreview.net/forum?id=r1lgTGL5DE>`_, 2019. Schulman, Heess, Weber and Abbeel,
+        `Gradient Estimation Using Stochastic Computation Graphs
+        <https://arxiv.org/abs/1506.05254>`_, 2015, theorem 1, for the costs downstream.
     """
 
     _least_particles = 2

@@ -245,6 +245,24 @@ def test_is_the_whole_where_all_is_downstream(backend, program, options):
     assert_equal(downstream, whole)
 
 
+def test_reparam_and_credit_are_independent(backend):
+    """What the credit changes in the gradient is the same with each reparam."""
+    changes = []
+    for reparam in ("pathwise", "dreg"):
+        whole, downstream = (
+            draws(
+                backend.host,
+                backend.package.RLOO(3, credit=credit, reparam=reparam),
+                program_for("mixed"),
+                2,
+            )
+            for credit in ("whole", "downstream")
+        )
+        changes.append(downstream - whole)
+    assert np.abs(changes[0]).max() > 1e-3
+    assert_equal(*changes)
+
+
 def test_subsampling_is_unbiased_for_all_data(backend):
     """N/B multiplies a local cost once."""
     program, _ = case_for("subsampled_locals")

@@ -37,6 +37,7 @@ SEAM = (
     "_semi_implicit",
     "_model_score",
     "_enumerated",
+    "_credit",
 )
 TRACING = {"get_trace", "get_importance_trace", "log_density", "trace"}
 TRACE_ATTRIBUTES = {

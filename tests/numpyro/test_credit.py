@@ -73,11 +73,3 @@ def test_refuses_draws_inside_of_scan():
         RLOO(2, credit="downstream").loss(
             random.key(0), {}, lambda: program(0.3), lambda: program(0.1)
         )
-
-
-def test_refuses_a_factor_in_the_guide():
-    def guide_with_factor():
-        numpyro.factor("f", 0.4)
-
-    with pytest.raises(ValueError, match=r"'f' is a factor.*credit=\"whole\""):
-        RLOO(2, credit="downstream").loss(random.key(0), {}, lambda: None, guide_with_factor)
