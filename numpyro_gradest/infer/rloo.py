@@ -48,6 +48,7 @@ class RLOO(MultiSampleELBO):
         TypeError: If a count is not an integer, or an option is unknown.
         ValueError: If ``num_particles < 2`` or an option has a value that makes no sense; at the
             first evaluation, if model and guide do not match.
+        NotImplementedError: With ``credit="downstream"``, if the guide draws inside scan or cond.
 
     Bias and variance:
         Unbiased for the gradient of the ELBO, with each ``reparam`` and ``credit``. The variance

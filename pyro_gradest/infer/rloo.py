@@ -51,7 +51,8 @@ class RLOO(MultiSampleELBO):
     Raises:
         TypeError: If a count is not an integer, or an option is unknown.
         ValueError: If ``num_particles < 2`` or an option has a value that makes no sense; at the
-            first evaluation, if model and guide do not match.
+            first evaluation, if model and guide do not match; with ``credit="downstream"``, if
+            the guide has factors, or particles one by one have different sites.
 
     Bias and variance:
         Unbiased for the gradient of the ELBO, with each ``reparam`` and ``credit``. The variance

@@ -1,5 +1,6 @@
 """The k words of a text that tell what a classifier will say of it.
 
+    pip install -c constraints.txt '.[texts]'
     python -m tests.benchmarks.learning_to_explain [numpyro pyro] [--figure PATH]
 
 After Chen, Song, Wainwright and Jordan, "Learning to Explain" (2018): a network scores the words of
