@@ -289,6 +289,7 @@ SAME = [
     ("VIMCO", "score", None, {}),
     ("RLOO", "dreg", ["y"], {}),
     ("ReweightedWakeSleep", "dreg", ["y"], {}),
+    ("IWAE", "dreg", ["y"], {"num_replicates": 2, "pool_replicates": True}),
 ]
 
 
