@@ -352,8 +352,9 @@ def test_adaptive_imle_equals_the_oracle(backend, name, relative):
     theta[1, 1] *= 1e-3 if name != "shortest_path" else 1.0  # shorter than the temperature
     _, states, shape = SOLVERS[name]
     objective, matrix = quadratic(backend, rng, shape)
-    used = np.ones(BATCH + (1,) * len(shape))
+    used = np.ones(BATCH + shape)
     used[0, 2] = 0  # a datum without gradient
+    used[0, 1].flat[1:] = 0  # and one with a single entry that has one
     estimator = backend.estimators.AdaptiveIMLE(
         noise=fixed_noise(backend, 2 * noise),
         temperature=0.5,
@@ -371,7 +372,7 @@ def test_adaptive_imle_equals_the_oracle(backend, name, relative):
     results = []
     for index in np.ndindex(*BATCH):
         z = oracle.maximiser(states, theta[index] + noise[index])
-        dy = objective_gradient(z, matrix) * used[index]
+        dy = objective_gradient(z * used[index], matrix) * used[index]
         results.append(
             oracle.adaptive_imle(
                 states,

@@ -1,5 +1,9 @@
 """Discrete estimators under jit, vmap, scan and grad."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +80,7 @@ def test_adaptive_training_in_a_scan():
     )((theta, estimator.init(theta)))
 
     assert (counts[:, 1] == 15).all()  # 5 draws of 3 data
-    np.testing.assert_allclose(counts[-200:, 0].mean() / 15, 0.3, atol=0.1)
+    np.testing.assert_allclose(counts[-200:, 0].mean() / 15, estimator.target, atol=0.1)
     assert state.relative_step > 0.02
     assert (jnp.argmax(theta, axis=-1) == jnp.argmin(COSTS, axis=-1)).all()
 
@@ -129,3 +133,33 @@ def test_a_solver_may_close_over_what_is_traced():
 
     actual = gradient(jnp.array([0.0, 0.1, 0.2]), jnp.array([True, True, False]))
     np.testing.assert_allclose(actual, [-0.05, 0.05, 0.0])
+
+
+ON_ONE_CORE = """
+import os, sys, warnings
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import numpyro
+numpyro.set_host_device_count(int(sys.argv[1]))
+import jax, numpy as np
+from numpyro_gradest.estimators import numpy_solver
+solver = numpy_solver(lambda theta: theta > 0, batched=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    lowered = jax.jit(lambda theta: solver(theta)).lower(np.ones((1000, 200), np.float32))
+print([warning.category.__name__ for warning in caught])
+if sys.argv[1] == "2":
+    print(lowered.compile()(np.ones((1000, 200), np.float32)).sum())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
+@pytest.mark.parametrize(("num_devices", "printed"), [(1, "['UserWarning']"), (2, "[]\n200000.0")])
+def test_on_one_core_numpy_solver_warns_until_there_is_a_second_thread(num_devices, printed):
+    """Without it the call waits for ever: JAX's own transfer needs the thread that waits for it."""
+    ran = subprocess.run(
+        [sys.executable, "-c", ON_ONE_CORE, str(num_devices)],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    assert ran.stdout.strip() == printed

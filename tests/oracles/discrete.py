@@ -101,7 +101,8 @@ def adaptive_imle(
         ends = [np.stack([end, 1 - end]) for end in ends]
     change = sum(x != y for x, y in zip(*(end.ravel() for end in ends), strict=True))
     if relative:
-        change /= sum(np.count_nonzero(end) for end in ends)
+        asked = np.count_nonzero(dy) * (2 if is_of_bits else 1)
+        change = min(change / min(sum(np.count_nonzero(end) for end in ends), asked), 1)
     return imle(states, theta, noise, dy, step_size=step), change, True
 
 

@@ -97,21 +97,24 @@ def _difference(
     if rule.symmetric:
         inverse = inverse / 2
     result = inverse * (above - below) + 0.0 * gradient
-    change = jnp.sum(_change(rule, above, below), where=is_counted, dtype=theta.dtype)
+    change = jnp.sum(_change(rule, above, below, gradient), where=is_counted, dtype=theta.dtype)
     return result, jnp.stack([change, jnp.sum(is_counted, dtype=theta.dtype)])
 
 
-def _change(rule: Rule, above: Array, below: Array) -> Array:
-    """Of each datum, how many entries differ, or their share of those that are not zero."""
-    differ = _number(above != below, rule.solver.event_dim, above)
+def _change(rule: Rule, above: Array, below: Array, gradient: Array) -> Array:
+    """Of each datum, how many entries differ, or their share of those that could be asked to."""
+    event_dim = rule.solver.event_dim
+    differ = _number(above != below, event_dim, above)
+    if not rule.is_relative:
+        # Both of the entries that stand for a bit.
+        return 2 * differ if rule.is_of_bits else differ
     if rule.is_of_bits:
-        # Of the two entries that stand for a bit one is marked, above and below.
-        differ, marked = 2 * differ, 2 * _number(jnp.ones_like(above), rule.solver.event_dim, above)
+        most = _number(jnp.ones_like(above), event_dim, above)
     else:
-        marked = _number(above != 0, rule.solver.event_dim, above) + _number(
-            below != 0, rule.solver.event_dim, above
-        )
-    return differ / jnp.maximum(marked, 1) if rule.is_relative else differ
+        most = _number(above != 0, event_dim, above) + _number(below != 0, event_dim, above)
+    # Far fewer have a gradient where a path, say, is nearly right, however long the step.
+    asked = jnp.minimum(most, _number(gradient != 0, event_dim, above))
+    return jnp.minimum(differ / jnp.maximum(asked, 1), 1)
 
 
 def _number(marks: Array, event_dim: int, like: Array) -> Array:

@@ -49,7 +49,9 @@ class AdaptiveIMLE:
         initial_step: :math:`\beta` at first.
         target: c, the share of a state that changes between the two ends of the difference: of
             the items of a subset that are exchanged, of the bits that flip, of the edges of a tree.
-            Lower is less bias and more noise.
+            Lower is less bias and more noise. Where the objective's gradient is zero at most
+            entries, as along a path that is nearly right, the share is of as many entries as have
+            one: no step changes many more.
         relative: Whether ``target`` is such a share, which suits states of any size; else it is
             the number of non-zero entries per datum, as in the paper. An exchange makes two, and a
             bit that flips counts as two, as in a one-hot state of two classes.
@@ -91,7 +93,7 @@ class AdaptiveIMLE:
     """
 
     initial_step: float = 0.1
-    target: float = 0.3
+    target: float = 0.5
     relative: bool = True
     rate: float = 0.05
     decay: float = 0.9

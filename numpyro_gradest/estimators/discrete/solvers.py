@@ -1,5 +1,7 @@
 """Solvers: the state z that maximises <z, theta>, for a batch of theta, never differentiated."""
 
+import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -102,7 +104,8 @@ def numpy_solver(
 
     Cost:
         One call per datum, one after the other, on the CPU. Compiled code
-        calls back to the host for it.
+        calls back to the host for it. On a single core JAX can wait there for ever; a warning says
+        what to do.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -287,9 +290,25 @@ def _ranks(theta: Array) -> Array:
 
 
 def _call_host(on_host: Callable, theta: Array) -> Array:
+    if _num_threads() == 1:
+        warnings.warn(_MAY_WAIT_FOREVER, stacklevel=2)
     result = jax.ShapeDtypeStruct(theta.shape, theta.dtype)
     # Mapped axes come in front, where the function takes any number of them.
     return jax.pure_callback(on_host, result, theta, vmap_method="expand_dims")
+
+
+def _num_threads() -> int:
+    """Of JAX on the CPU: as many as cores, and as devices; two where it computes elsewhere."""
+    if jax.default_backend() != "cpu" or not hasattr(os, "sched_getaffinity"):
+        return 2
+    return max(len(os.sched_getaffinity(0)), jax.local_device_count())
+
+
+_MAY_WAIT_FOREVER = (
+    "numpy_solver on a single core: JAX computes and moves data in one thread there, and a call "
+    "from compiled code with large NumPy arrays can wait for itself for ever. Start with "
+    "numpyro.set_host_device_count(2), which makes a second thread, or pass jax.numpy arrays."
+)
 
 
 def _solve_on_host(

@@ -86,22 +86,25 @@ class _Difference(torch.autograd.Function):
         result = inverse * (above - below) + 0.0 * gradient
         counts = None
         if ctx.has_counts:
-            change = torch.where(is_counted, _change(rule, above, below), 0.0)
+            change = torch.where(is_counted, _change(rule, above, below, gradient), 0.0)
             counts = torch.stack([change.sum(), is_counted.sum()]).to(theta.dtype)
         return None, result, None, None, counts
 
 
-def _change(rule: Rule, above: Tensor, below: Tensor) -> Tensor:
-    """Of each datum, how many entries differ, or their share of those that are not zero."""
-    differ = _number(above != below, rule.solver.event_dim)
+def _change(rule: Rule, above: Tensor, below: Tensor, gradient: Tensor) -> Tensor:
+    """Of each datum, how many entries differ, or their share of those that could be asked to."""
+    event_dim = rule.solver.event_dim
+    differ = _number(above != below, event_dim)
+    if not rule.is_relative:
+        # Both of the entries that stand for a bit.
+        return 2 * differ if rule.is_of_bits else differ
     if rule.is_of_bits:
-        # Of the two entries that stand for a bit one is marked, above and below.
-        differ, marked = 2 * differ, 2 * _number(torch.ones_like(above), rule.solver.event_dim)
+        most = _number(torch.ones_like(above), event_dim)
     else:
-        marked = _number(above != 0, rule.solver.event_dim) + _number(
-            below != 0, rule.solver.event_dim
-        )
-    return differ / marked.clamp_min(1) if rule.is_relative else differ
+        most = _number(above != 0, event_dim) + _number(below != 0, event_dim)
+    # Far fewer have a gradient where a path, say, is nearly right, however long the step.
+    asked = torch.minimum(most, _number(gradient != 0, event_dim))
+    return (differ / asked.clamp_min(1)).clamp_max(1)
 
 
 def _number(marks: Tensor, event_dim: int) -> Tensor:
