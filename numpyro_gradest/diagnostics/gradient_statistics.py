@@ -12,14 +12,23 @@ from numpyro import optim
 from numpyro.infer import ELBO, SVI
 
 from numpyro_gradest.diagnostics._measure import Moments, measure
-from numpyro_gradest.diagnostics._targets import bound_of, target_of
+from numpyro_gradest.diagnostics._targets import (
+    bound_of,
+    choices_for_reference,
+    departures,
+    target_of,
+)
 from numpyro_gradest.diagnostics.gradient_report import EstimatorComparison, GradientStatistics
-from numpyro_gradest.estimators import effective_sample_size
+from numpyro_gradest.estimators import AdaptiveIMLE, effective_sample_size
 from numpyro_gradest.estimators._validation import check_count
-from numpyro_gradest.infer._enumerated import NotEnumerableError, expected_bound
-from numpyro_gradest.infer._site_estimators import SiteEstimators
-from numpyro_gradest.infer._trace import Program
+from numpyro_gradest.infer._discrete_sites import CARRIED, has_density, state_name
+from numpyro_gradest.infer._enumerated import expected_bound
+from numpyro_gradest.infer._site_estimators import ChooseAnew, SiteEstimators
+from numpyro_gradest.infer._sites import Site
+from numpyro_gradest.infer._trace import Program, guide_sites
 from numpyro_gradest.infer.multisample_elbo import MultiSampleELBO
+from numpyro_gradest.infer.rloo import RLOO
+from numpyro_gradest.infer.vimco import VIMCO
 
 _ESS_DRAWS = 20
 
@@ -54,6 +63,9 @@ def gradient_statistics(
       few (not of a loss that scales its gradient, as :class:`NVIL` does); else, for what is biased
       by design, against a long run of its unbiased sibling; or against what is passed as
       ``reference``, a loss that is run for long or the figures of one that was.
+    - Where sites choose for themselves, by ``infer={"estimator": ...}``, ``configure_estimators``
+      or ``imle``, what is biased by design in that is part of the target, as in
+      ``"5-sample bound by IMLE() at z"``, and left out of what the bias is measured against.
 
     Args:
         rng_key: Random key of all draws.
@@ -122,9 +134,7 @@ def gradient_statistics(
     num_particles = getattr(loss, "num_particles", None)
     name = name or f"{type(loss).__name__}({'' if num_particles is None else num_particles})"
     gradients = _Gradients(loss, model, guide, params, args, kwargs, rng_key, only)
-    # NVIL's running variance scales the gradient: its length is no bias.
-    is_rescaled = getattr(loss, "normalize_variance", False)
-    exact = gradients.exact() if reference == "auto" and not is_rescaled else None
+    exact = gradients.exact() if reference == "auto" and not _is_rescaled(loss) else None
     options: dict[str, Any] = {"progress_bar": progress_bar, "batch_size": batch_size}
     draw_key, reference_key = jax.random.split(rng_key)
     moments = gradients.measure(draw_key, num_draws, direction=exact, name=name, **options)
@@ -136,8 +146,8 @@ def gradient_statistics(
         truth = gradients.vector(reference.mean)
         error = gradients.vector(reference.variance) / reference.num_draws
         against = f"{reference.num_draws} draws of {reference.name}"
-    elif (sibling := _reference_loss(loss, reference)) is not None:
-        run = _Gradients(sibling, model, guide, params, args, kwargs, rng_key, only).measure(
+    elif (sibling := gradients.reference(reference)) is not None:
+        run = sibling.measure(
             reference_key,
             num_reference_draws or 4 * num_draws,
             direction=None,
@@ -145,7 +155,7 @@ def gradient_statistics(
             **options,
         )
         truth, error = run.mean, run.variance / run.num_draws
-        against = f"{run.num_draws} draws of {type(sibling).__name__}"
+        against = f"{run.num_draws} draws of {type(sibling.loss).__name__}"
     split = gradients.by_parameter
     bias = errors = None
     if truth is not None and error is not None:
@@ -155,7 +165,7 @@ def gradient_statistics(
         name=name,
         family=family or name,
         num_particles=num_particles,
-        target=target_of(loss),
+        target=target_of(loss, gradients.guide_sites),
         num_draws=moments.num_draws,
         mean=split(moments.mean),
         variance=split(moments.variance),
@@ -185,8 +195,9 @@ def compare_estimators(
     """Measure several losses on one model and guide, and say what to choose.
 
     Estimators with the same target are ranked by the signal-to-noise ratio that a second of their
-    gradients has; estimators with different targets never are. ``print`` the result for a table
-    and the sentences, ``to_frame`` makes it a pandas data frame, and there are plots:
+    gradients has; estimators with different targets never are, and what sites choose that is biased
+    by design makes another target. ``print`` the result for a table and the sentences,
+    ``to_frame`` makes it a pandas data frame, and there are plots:
     :func:`plot_snr_against_particles`, :func:`plot_bias_and_variance`,
     :func:`plot_snr_per_second`.
 
@@ -307,17 +318,20 @@ def _run_references(
     return dict.fromkeys((None, *num_particles), run)
 
 
-def _reference_loss(loss: ELBO, reference: str | ELBO | None) -> ELBO | None:
-    """What to run for long; for what is biased by design, the same without that."""
-    if not isinstance(reference, str):
-        return reference
-    bound = bound_of(loss)
-    if bound is None or bound == target_of(loss):
-        return None  # nothing to compare with, or unbiased
+def _is_rescaled(loss: ELBO) -> bool:
+    """Whether the length of the gradient is no bias: NVIL divides by a running deviation."""
+    return getattr(loss, "normalize_variance", False)
+
+
+def _unbiased(loss: ELBO, bound: Any) -> ELBO:
+    """The loss without what is biased by design in its options; of the host's, one of ours."""
+    if not isinstance(loss, MultiSampleELBO):
+        _, num_particles, alpha = bound
+        return RLOO(2) if num_particles == 1 else VIMCO(num_particles, alpha=alpha)
     sibling: Any = copy.copy(loss)
     if getattr(loss, "gamma", 0.0):
         sibling.gamma = 0.0
-    if getattr(loss, "reparam", None) == "stl":
+    if loss.reparam == "stl":
         sibling.reparam = "pathwise"
     return sibling
 
@@ -336,6 +350,7 @@ class _Gradients:
         key: Array,
         only: Callable[[str], bool] | None,
     ) -> None:
+        self.program = model, guide, params, args, kwargs, key, only
         # SVI knows how parameters are constrained, and finds mutable state.
         self.svi = SVI(model, guide, optim.SGD(0.0), loss)
         state = self.svi.init(key, *args, init_params=params, **kwargs)
@@ -352,14 +367,16 @@ class _Gradients:
         every = {
             jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves
         }
-        is_seen = [only is None or only(name) for name in every]
+        self.guide_sites = guide_sites(self._program(self.point, SiteEstimators("score")), key)
+        states = _states_of_imle(self.guide_sites)
+        is_seen = [name not in states and (only is None or only(name)) for name in every]
         self.leaves = {
             name: leaf for (name, leaf), seen in zip(every.items(), is_seen, strict=True) if seen
         }
         if not self.leaves:
             raise ValueError(
                 f"gradient_statistics got an `only` that is true of no parameter. There are "
-                f"{', '.join(every)}."
+                f"{', '.join(name for name in every if name not in states)}."
             )
         self.is_seen = np.repeat(is_seen, [leaf.size for leaf in every.values()])
 
@@ -396,8 +413,32 @@ class _Gradients:
 
         try:
             return np.asarray(jax.jit(jax.grad(expected))(self.point), np.float64)[self.is_seen]
-        except NotEnumerableError:
+        except ValueError:
+            return None  # too many states, or a program that the host's loss alone can run
+
+    def reference(self, reference: str | ELBO | None) -> "_Gradients | None":
+        """What to run for long; for what is biased by design, the same without that.
+
+        Sites do not depart there by choices of their own, which would be those measured.
+        """
+        loss: Any = reference
+        if isinstance(reference, str):
+            if not self._has_unbiased_sibling():
+                return None
+            loss = _unbiased(self.loss, bound_of(self.loss))
+        if loss is None:
             return None
+        is_host = isinstance(reference, str) and not isinstance(self.loss, MultiSampleELBO)
+        choices = choices_for_reference(loss, self.guide_sites, is_host=is_host)
+        model, guide, *others = self.program
+        guide = ChooseAnew(guide, choices) if choices else guide
+        return _Gradients(loss, model, guide, *others)
+
+    def _has_unbiased_sibling(self) -> bool:
+        if bound_of(self.loss) is None or _is_rescaled(self.loss):
+            return False
+        departing = departures(self.loss, self.guide_sites)
+        return bool(departing) and all(has_density(self.guide_sites[name]) for name in departing)
 
     def effective_sample_size(self) -> float | None:
         loss = self.loss
@@ -446,3 +487,12 @@ class _Gradients:
             svi.model, svi.guide, params, self.args, self.kwargs, estimators, is_weighted=False
         )
         return program.with_plate_key(self.key)
+
+
+def _states_of_imle(sites: dict[str, Site]) -> set[str]:
+    """Names of what is among the parameters, but that no gradient moves."""
+    return {
+        state_name(name)
+        for name, site in sites.items()
+        if CARRIED in site and isinstance(site[CARRIED].estimator, AdaptiveIMLE)
+    }

@@ -9,7 +9,7 @@ their gradient there says how they differ between states.
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ from numpyro_gradest.estimators.discrete._subset_sampler import SplitNoise, of_i
 from numpyro_gradest.infer._sites import Site, own_estimator
 
 Estimator = IMLE | AdaptiveIMLE | StraightThrough | GumbelSoftmaxST | ReinMax | SIMPLE
+CARRIED = "carried"
+"""Where in a site's message stands what gradient it carries."""
 ESTIMATORS = (IMLE, AdaptiveIMLE, StraightThrough, GumbelSoftmaxST, ReinMax, SIMPLE)
 _INTEGERS = (
     dist.CategoricalLogits,
@@ -99,6 +101,14 @@ def _kl_of_bits(p: Any, q: Any) -> Array:
     return p.probs * log_odds - jax.nn.softplus(p.logits) + jax.nn.softplus(q.logits)
 
 
+class Carried(NamedTuple):
+    """What a site carries the gradient of."""
+
+    estimator: Estimator
+    fn: Any
+    """The distribution that it has without."""
+
+
 class DiscreteSites(Messenger):
     """Gives chosen discrete sites of a program a gradient.
 
@@ -143,6 +153,8 @@ class DiscreteSites(Messenger):
             return
         _check_site(name, msg)
         self._is_idle = False
+        original = msg[CARRIED].fn if CARRIED in msg else msg["fn"]
+        msg[CARRIED] = Carried(estimator, original)
         msg["fn"] = _with_gradient(msg["fn"], name, estimator, _draw_of)
 
 
@@ -194,6 +206,11 @@ def _as_it_says(msg: Site) -> Estimator | None:
 def carries_gradient(fn: Any) -> bool:
     """Whether the draws of a distribution carry an estimator's gradient."""
     return isinstance(_base(fn), _CarriesGradient)
+
+
+def has_density(site: Site) -> bool:
+    """Whether a draw has a log-probability, which a solver's under noise has not."""
+    return not isinstance(_base(site["fn"]), PerturbAndMAP)
 
 
 def as_choice(config: Any) -> Callable[[str], Estimator | None]:

@@ -21,7 +21,7 @@ from numpyro_gradest.estimators import (
     vimco_learning_signal,
     wake_phi_learning_signal,
 )
-from numpyro_gradest.infer._discrete_sites import ESTIMATORS, carries_gradient
+from numpyro_gradest.infer._discrete_sites import CARRIED, ESTIMATORS, carries_gradient
 from numpyro_gradest.infer._sites import (
     ESTIMATOR,
     Site,
@@ -143,7 +143,7 @@ class SiteEstimators:
             )
 
     def _check_signal(self, name: str, signal: Any) -> None:
-        function, options = _unwrapped(signal)
+        function, options = unwrapped(signal)
         words = getattr(function, "__name__", repr(function))
         if self.target is None:
             raise ValueError(
@@ -216,7 +216,7 @@ def check_estimator(name: str, chosen: Any) -> None:
 
 def is_learning_signal(function: Any) -> bool:
     """Whether a function is one of this package's learning signals, with options or without."""
-    function, _ = _unwrapped(function)
+    function, _ = unwrapped(function)
     known = (*_TARGETS, *_NEED_MORE, renyi_learning_signal)
     return any(function is one for one in known)
 
@@ -286,6 +286,26 @@ class SiteConfig(Messenger):
             site["infer"] = {**site["infer"], ESTIMATOR: estimator}
 
 
+class ChooseAnew(Messenger):
+    """Gives sites, by name, other estimators than they have chosen; ``None`` is the loss's own."""
+
+    def __init__(self, fn: Callable, choices: Mapping[str, str | None]) -> None:
+        super().__init__(fn)
+        self._choices = choices
+
+    def process_message(self, msg: Site) -> None:
+        if msg["type"] == "control_flow":
+            msg["kwargs"]["substitute_stack"].append(("substitute", self._reset))
+        else:
+            self._reset(msg)
+
+    def _reset(self, site: Site) -> None:
+        if site["type"] == "sample" and site["name"] in self._choices:
+            site["infer"] = {**site["infer"], ESTIMATOR: self._choices[site["name"]]}
+            if CARRIED in site:
+                site["fn"] = site.pop(CARRIED).fn
+
+
 def _check_site(site: Site, estimator: Any) -> None:
     check_estimator(site["name"], estimator)
     if site["is_observed"]:
@@ -333,7 +353,8 @@ def _signal_at(name: str, signal: LearningSignal, log_weights: Array) -> Array:
     return jax.lax.stop_gradient(value)
 
 
-def _unwrapped(signal: Any) -> tuple[Any, dict[str, Any]]:
+def unwrapped(signal: Any) -> tuple[Any, dict[str, Any]]:
+    """A learning signal without its options, and these."""
     options: dict[str, Any] = {}
     while isinstance(signal, partial):
         options = signal.keywords | options
@@ -343,7 +364,7 @@ def _unwrapped(signal: Any) -> tuple[Any, dict[str, Any]]:
 
 def _signature(signal: LearningSignal) -> tuple[Any, ...]:
     """What two versions of the same function have in common."""
-    function, options = _unwrapped(signal)
+    function, options = unwrapped(signal)
     plain = {key: value for key, value in options.items() if isinstance(value, (int, float, str))}
     return getattr(function, "__code__", type(function)), plain
 

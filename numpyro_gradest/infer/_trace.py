@@ -203,6 +203,11 @@ def trace_guide(program: Program, key: Array, draws: dict[str, Array]) -> Trace:
     return trace
 
 
+def guide_sites(program: Program, key: Array) -> dict[str, Site]:
+    """The guide's sample sites, by a run of it alone."""
+    return dict(samples(trace_guide(program, key, {})))
+
+
 def trace_model(program: Program, key: Array, guide_trace: Trace) -> Trace:
     """Trace the model at what the guide drew."""
     params = jax.tree.map(lambda leaf: leaf, program.params)

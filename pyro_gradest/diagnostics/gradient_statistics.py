@@ -11,14 +11,24 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_gradest.diagnostics._measure import Moments, measure
-from pyro_gradest.diagnostics._targets import bound_of, target_of
+from pyro_gradest.diagnostics._targets import (
+    bound_of,
+    choices_for_reference,
+    departures,
+    target_of,
+)
 from pyro_gradest.diagnostics.gradient_report import EstimatorComparison, GradientStatistics
 from pyro_gradest.estimators import effective_sample_size
 from pyro_gradest.estimators._validation import check_count
-from pyro_gradest.infer._enumerated import NotEnumerableError, expected_bound
+from pyro_gradest.infer._discrete_sites import has_density
+from pyro_gradest.infer._enumerated import expected_bound
 from pyro_gradest.infer._random import replayed
+from pyro_gradest.infer._site_estimators import ChooseAnew
+from pyro_gradest.infer._trace import guide_sites
 from pyro_gradest.infer.iwae import IWAE
 from pyro_gradest.infer.multisample_elbo import MultiSampleELBO, program_of
+from pyro_gradest.infer.rloo import RLOO
+from pyro_gradest.infer.vimco import VIMCO
 
 _ESS_DRAWS = 20
 
@@ -51,6 +61,9 @@ def gradient_statistics(
       few (not of a loss that scales its gradient, as :class:`NVIL` does); else, for what is biased
       by design, against a long run of its unbiased sibling; or against what is passed as
       ``reference``, a loss that is run for long or the figures of one that was.
+    - Where sites choose for themselves, by ``infer={"estimator": ...}``, ``configure_estimators``
+      or ``imle``, what is biased by design in that is part of the target, as in
+      ``"5-sample bound by IMLE() at z"``, and left out of what the bias is measured against.
 
     Args:
         loss: Any loss of this package or of Pyro.
@@ -114,9 +127,7 @@ def gradient_statistics(
     num_particles = getattr(loss, "num_particles", None)
     name = name or f"{type(loss).__name__}({'' if num_particles is None else num_particles})"
     gradients = _Gradients(loss, model, guide, args, kwargs, only)
-    # NVIL's running variance scales the gradient: its length is no bias.
-    is_rescaled = getattr(loss, "normalize_variance", False)
-    exact = gradients.exact() if reference == "auto" and not is_rescaled else None
+    exact = gradients.exact() if reference == "auto" and not _is_rescaled(loss) else None
     options: dict[str, Any] = {"progress_bar": progress_bar, "seed": seed}
     moments = gradients.measure(num_draws, direction=exact, name=name, **options)
 
@@ -127,8 +138,8 @@ def gradient_statistics(
         truth = gradients.vector(reference.mean)
         error = gradients.vector(reference.variance) / reference.num_draws
         against = f"{reference.num_draws} draws of {reference.name}"
-    elif (sibling := _reference_loss(loss, reference)) is not None:
-        run = _Gradients(sibling, model, guide, args, kwargs, only).measure(
+    elif (sibling := gradients.reference(reference)) is not None:
+        run = sibling.measure(
             num_reference_draws or 4 * num_draws,
             direction=None,
             name=f"reference of {name}",
@@ -136,7 +147,7 @@ def gradient_statistics(
             seed=seed + 1,
         )
         truth, error = run.mean, run.variance / run.num_draws
-        against = f"{run.num_draws} draws of {type(sibling).__name__}"
+        against = f"{run.num_draws} draws of {type(sibling.loss).__name__}"
     split = gradients.by_parameter
     bias = errors = None
     if truth is not None and error is not None:
@@ -146,7 +157,7 @@ def gradient_statistics(
         name=name,
         family=family or name,
         num_particles=num_particles,
-        target=target_of(loss),
+        target=target_of(loss, gradients.guide_sites),
         num_draws=moments.num_draws,
         mean=split(moments.mean),
         variance=split(moments.variance),
@@ -174,8 +185,9 @@ def compare_estimators(
     """Measure several losses on one model and guide, and say what to choose.
 
     Estimators with the same target are ranked by the signal-to-noise ratio that a second of their
-    gradients has; estimators with different targets never are. ``print`` the result for a table
-    and the sentences, ``to_frame`` makes it a pandas data frame, and there are plots:
+    gradients has; estimators with different targets never are, and what sites choose that is biased
+    by design makes another target. ``print`` the result for a table and the sentences,
+    ``to_frame`` makes it a pandas data frame, and there are plots:
     :func:`plot_snr_against_particles`, :func:`plot_bias_and_variance`,
     :func:`plot_snr_per_second`.
 
@@ -289,17 +301,20 @@ def _run_references(
     return dict.fromkeys((None, *num_particles), run)
 
 
-def _reference_loss(loss: ELBO, reference: str | ELBO | None) -> ELBO | None:
-    """What to run for long; for what is biased by design, the same without that."""
-    if not isinstance(reference, str):
-        return reference
-    bound = bound_of(loss)
-    if bound is None or bound == target_of(loss):
-        return None  # nothing to compare with, or unbiased
+def _is_rescaled(loss: ELBO) -> bool:
+    """Whether the length of the gradient is no bias: NVIL divides by a running deviation."""
+    return getattr(loss, "normalize_variance", False)
+
+
+def _unbiased(loss: ELBO, bound: Any) -> ELBO:
+    """The loss without what is biased by design in its options; of the host's, one of ours."""
+    if not isinstance(loss, MultiSampleELBO):
+        _, num_particles, alpha = bound
+        return RLOO(2) if num_particles == 1 else VIMCO(num_particles, alpha=alpha)
     sibling: Any = copy.copy(loss)
     if getattr(loss, "gamma", 0.0):
         sibling.gamma = 0.0
-    if getattr(loss, "reparam", None) == "stl":
+    if loss.reparam == "stl":
         sibling.reparam = "pathwise"
     return sibling
 
@@ -318,6 +333,7 @@ class _Gradients:
     ) -> None:
         self.loss: Any = loss
         self.program = model, guide, args, kwargs
+        self.only = only
         self.store = pyro.get_param_store()
         self.before = {name: value.detach().clone() for name, value in self.store.items()}
         with replayed():
@@ -326,6 +342,8 @@ class _Gradients:
             leaves = dict(self.store.named_parameters())
             trained = {name: leaf for name, leaf in leaves.items() if leaf.grad is not None}
             self.trained = set(trained)
+            with torch.no_grad():
+                self.guide_sites = guide_sites(guide, args, kwargs)
             self._restore(kept)
         if not trained:
             raise ValueError(
@@ -367,10 +385,34 @@ class _Gradients:
             with replayed():
                 program = program_of(iwae, *self.program)
                 value = expected_bound(program, bound.num_particles, alpha=bound.alpha)
-        except NotEnumerableError:
-            return None
+        except ValueError:
+            return None  # too many states, or a program that the host's loss alone can run
         leaves = list(self.leaves.values())
         return _flat(torch.autograd.grad(value, leaves, allow_unused=True), leaves)
+
+    def reference(self, reference: str | ELBO | None) -> "_Gradients | None":
+        """What to run for long; for what is biased by design, the same without that.
+
+        Sites do not depart there by choices of their own, which would be those measured.
+        """
+        loss: Any = reference
+        if isinstance(reference, str):
+            if not self._has_unbiased_sibling():
+                return None
+            loss = _unbiased(self.loss, bound_of(self.loss))
+        if loss is None:
+            return None
+        is_host = isinstance(reference, str) and not isinstance(self.loss, MultiSampleELBO)
+        choices = choices_for_reference(loss, self.guide_sites, is_host=is_host)
+        model, guide, args, kwargs = self.program
+        guide = ChooseAnew(choices)(guide) if choices else guide
+        return _Gradients(loss, model, guide, args, kwargs, self.only)
+
+    def _has_unbiased_sibling(self) -> bool:
+        if bound_of(self.loss) is None or _is_rescaled(self.loss):
+            return False
+        departing = departures(self.loss, self.guide_sites)
+        return bool(departing) and all(has_density(self.guide_sites[name]) for name in departing)
 
     def effective_sample_size(self) -> float | None:
         loss = self.loss

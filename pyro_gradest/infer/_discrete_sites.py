@@ -8,7 +8,7 @@ their gradient there says how they differ between states.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import distributions as dist
@@ -38,6 +38,8 @@ from pyro_gradest.estimators.discrete._subset_sampler import SplitNoise, of_item
 from pyro_gradest.infer._sites import Site, is_subsample, own_estimator
 
 Estimator = IMLE | AdaptiveIMLE | StraightThrough | GumbelSoftmaxST | ReinMax | SIMPLE
+CARRIED = "carried"
+"""Where in a site's message stands what gradient it carries."""
 ESTIMATORS = (IMLE, AdaptiveIMLE, StraightThrough, GumbelSoftmaxST, ReinMax, SIMPLE)
 Draw = Callable[[Tensor], Tensor]
 _NO_SHAPE = torch.Size()
@@ -83,6 +85,14 @@ class _PerturbAndMAP(_CarriesGradient, PerturbAndMAP):
     @property
     def logits(self) -> Tensor:
         return self.theta
+
+
+class Carried(NamedTuple):
+    """What a site carries the gradient of."""
+
+    estimator: Estimator
+    fn: Any
+    """The distribution that it has without."""
 
 
 class DiscreteSites(Messenger):
@@ -131,6 +141,8 @@ class DiscreteSites(Messenger):
             return
         _check_site(name, msg)
         self._is_idle = False
+        original = msg[CARRIED].fn if CARRIED in msg else msg["fn"]
+        msg[CARRIED] = Carried(estimator, original)
         msg["fn"] = _with_gradient(msg["fn"], name, estimator, self._draw_of)
 
     def _pyro_post_sample(self, msg: Site) -> None:
@@ -168,6 +180,11 @@ def _as_it_says(msg: Site) -> Estimator | None:
 def carries_gradient(fn: Any) -> bool:
     """Whether the draws of a distribution carry an estimator's gradient."""
     return isinstance(_base(fn), _CarriesGradient)
+
+
+def has_density(site: Site) -> bool:
+    """Whether a draw has a log-probability, which a solver's under noise has not."""
+    return not isinstance(_base(site["fn"]), PerturbAndMAP)
 
 
 def as_choice(config: Any) -> Callable[[str], Estimator | None]:

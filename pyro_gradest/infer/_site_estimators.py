@@ -22,7 +22,7 @@ from pyro_gradest.estimators import (
     vimco_learning_signal,
     wake_phi_learning_signal,
 )
-from pyro_gradest.infer._discrete_sites import ESTIMATORS, carries_gradient
+from pyro_gradest.infer._discrete_sites import CARRIED, ESTIMATORS, carries_gradient
 from pyro_gradest.infer._sites import (
     ESTIMATOR,
     Site,
@@ -146,7 +146,7 @@ class SiteEstimators:
             )
 
     def _check_signal(self, name: str, signal: Any) -> None:
-        function, options = _unwrapped(signal)
+        function, options = unwrapped(signal)
         words = getattr(function, "__name__", repr(function))
         if self.target is None:
             raise ValueError(
@@ -219,7 +219,7 @@ def check_estimator(name: str, chosen: Any) -> None:
 
 def is_learning_signal(function: Any) -> bool:
     """Whether a function is one of this package's learning signals, with options or without."""
-    function, _ = _unwrapped(function)
+    function, _ = unwrapped(function)
     known = (*_TARGETS, *_NEED_MORE, renyi_learning_signal)
     return any(function is one for one in known)
 
@@ -284,6 +284,20 @@ class SiteConfig(Messenger):
             msg["infer"] = {**(msg["infer"] or {}), ESTIMATOR: estimator}
 
 
+class ChooseAnew(Messenger):
+    """Gives sites, by name, other estimators than they have chosen; ``None`` is the loss's own."""
+
+    def __init__(self, choices: Mapping[str, str | None]) -> None:
+        super().__init__()
+        self._choices = choices
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self._choices:
+            msg["infer"] = {**(msg["infer"] or {}), ESTIMATOR: self._choices[msg["name"]]}
+            if CARRIED in msg:
+                msg["fn"] = msg.pop(CARRIED).fn
+
+
 def _check_site(site: Site, estimator: Any) -> None:
     check_estimator(site["name"], estimator)
     if site["is_observed"]:
@@ -331,7 +345,8 @@ def _signal_at(name: str, signal: LearningSignal, log_weights: Tensor) -> Tensor
     return value.detach()
 
 
-def _unwrapped(signal: Any) -> tuple[Any, dict[str, Any]]:
+def unwrapped(signal: Any) -> tuple[Any, dict[str, Any]]:
+    """A learning signal without its options, and these."""
     options: dict[str, Any] = {}
     while isinstance(signal, partial):
         options = signal.keywords | options
@@ -341,7 +356,7 @@ def _unwrapped(signal: Any) -> tuple[Any, dict[str, Any]]:
 
 def _signature(signal: LearningSignal) -> tuple[Any, ...]:
     """What two versions of the same function have in common."""
-    function, options = _unwrapped(signal)
+    function, options = unwrapped(signal)
     plain = {key: value for key, value in options.items() if isinstance(value, (int, float, str))}
     return getattr(function, "__code__", type(function)), plain
 

@@ -115,6 +115,15 @@ def _run_guide(program: Program, guide: Callable) -> Any:
         is_cutting = True
 
 
+def guide_sites(guide: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Site]:
+    """The guide's sample sites, by a run of it alone."""
+    messenger = poutine.unwrap(guide)
+    if isinstance(messenger, GuideMessenger):
+        guide(*args, **kwargs)
+        return dict(samples(messenger.get_traces()[1]))
+    return dict(samples(poutine.trace(guide).get_trace(*args, **kwargs)))
+
+
 def trace_guide_at(
     program: Program, guide_trace: Trace, num_particles: int, num_copies: int
 ) -> Trace:

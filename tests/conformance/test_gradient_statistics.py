@@ -189,7 +189,7 @@ def test_a_loss_of_the_host(backend):
     else:
         from numpyro.infer import TraceGraph_ELBO as HostELBO
     measured = statistics(backend.host, HostELBO(), program_for("one_bit"), num_draws=200)
-    assert measured.target == module(backend, "_targets").target_of(backend.package.RLOO(4))
+    assert measured.target.words == "ELBO"
     assert measured.reference == "enumeration"
     assert measured.total_bias < 4 * measured.total_bias_standard_error
 
@@ -279,27 +279,6 @@ def test_does_not_rank_what_is_lost_in_the_noise(backend):
 @pytest.mark.parametrize(("bias", "shows"), [(0.15, False), (0.25, True)])
 def test_reports_a_bias_that_is_no_chance(backend, bias, shows):
     assert ("is biased" in sentences(backend, made_up(backend, "one", bias=bias))) == shows
-
-
-def test_targets_tell_apart_what_has_another_mean(backend):
-    package, target_of = backend.package, module(backend, "_targets").target_of
-    same = [package.IWAE(3), package.VIMCO(3), package.OVIS(3), package.NVIL(3)]
-    same += [package.IWAE(3, num_replicates=2), package.IWAE(3, pool_replicates=True)]
-    same += [package.IWAE(3, reparam="dreg"), package.OVIS(3, num_auxiliary=2), package.DisARM(3)]
-    assert len(set(map(target_of, same))) == 1
-    others = [
-        package.IWAE(4),
-        package.VIMCO(3, alpha=0.5),
-        package.OVIS(3, gamma=0.5),
-        package.IWAE(3, reparam="stl"),
-        package.TVO(3),
-        package.ReweightedWakeSleep(3),
-        package.RLOO(3),
-        package.IWAE(3, elbo_weight=0.5),
-        package.IWAE(3, num_replicates=2, pool_replicates=True),
-    ]
-    assert len(set(map(target_of, [*same, *others]))) == 1 + len(others)
-    assert target_of(package.IWAE(1, reparam="stl")) == target_of(package.RLOO(3))
 
 
 @pytest.fixture

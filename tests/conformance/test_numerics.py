@@ -138,17 +138,26 @@ def test_signal_in_float32(backend, name, num_particles):
     assert_close(backend.numpy(actual), desired, roundings(4, log_weights, floor=size))
 
 
+AUXILIARY = [-900.0, 0.0, 900.0, -np.inf]
+
+
+def auxiliary_log_weights(auxiliary):
+    """``[S, cases]`` in float32, for S=2."""
+    return np.broadcast_to(np.array([[auxiliary], [0.5]], np.float32), (2, len(HARD)))
+
+
 @every_size
-@pytest.mark.parametrize("auxiliary", [-900.0, 0.0, 900.0, -np.inf])
-def test_ovis_mc_in_float32(backend, num_particles, auxiliary):
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("auxiliary", AUXILIARY)
+def test_ovis_mc_in_float32(backend, num_particles, auxiliary, alpha):
     log_weights = hard_log_weights(num_particles)
-    draws = np.broadcast_to(np.array([[auxiliary], [0.5]], np.float32), (2, len(HARD)))
+    draws = auxiliary_log_weights(auxiliary)
 
     actual = backend.estimators.ovis_mc_learning_signal(
-        backend.array(log_weights), backend.array(draws)
+        backend.array(log_weights), backend.array(draws), alpha=alpha
     )
 
-    desired = oracle.ovis_mc_learning_signal(log_weights, draws)
+    desired = oracle.ovis_mc_learning_signal(log_weights, draws, alpha=alpha)
     assert_close(backend.numpy(actual), desired, roundings(4, log_weights, draws))
 
 
@@ -184,6 +193,26 @@ def test_gradients_in_float32_are_finite(backend, name, num_particles):
     gradients = backend.gradients(surrogate, log_weights + log_q, log_q)
 
     assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize("auxiliary", AUXILIARY)
+def test_gradients_of_ovis_mc_in_float32_are_those_of_its_signal(backend, auxiliary, alpha):
+    """Whatever its steps would have for derivatives at such weights, none gets out."""
+    log_weights, draws = hard_log_weights(50), auxiliary_log_weights(auxiliary)
+    log_q = np.full_like(log_weights, -3.0)
+
+    def surrogate(log_q):
+        weights = backend.array(log_weights) - log_q - 3.0
+        signal = backend.estimators.ovis_mc_learning_signal(
+            weights, backend.array(draws), alpha=alpha
+        )
+        return signal * log_q
+
+    (gradient,) = backend.gradients(surrogate, log_q)
+
+    desired = oracle.ovis_mc_learning_signal(log_weights, draws, alpha=alpha)
+    assert_close(gradient, desired, roundings(4, log_weights, draws))
 
 
 @every_size

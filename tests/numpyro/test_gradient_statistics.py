@@ -9,8 +9,18 @@ import pytest
 from flax import linen
 from jax import random
 from numpyro.contrib.module import flax_module
+from numpyro.infer import TraceEnum_ELBO
 
-from numpyro_gradest import NVIL, VIMCO, compare_estimators, gradient_statistics
+from numpyro_gradest import (
+    IWAE,
+    NVIL,
+    VIMCO,
+    AdaptiveIMLE,
+    compare_estimators,
+    gradient_statistics,
+    imle,
+)
+from numpyro_gradest.diagnostics.gradient_statistics import _Gradients
 
 
 def model():
@@ -64,3 +74,25 @@ def test_functions_of_the_number_of_particles():
     assert [one.name for one in comparison.statistics] == ["VIMCO, K=2"]
     with pytest.raises(ValueError, match="at least one loss"):
         compare_estimators(random.key(0), {}, model, guide, {})
+
+
+def test_the_state_of_adaptive_imle_is_no_parameter():
+    """Counts arrive as its gradient, which are no noise of any."""
+    adaptive = imle(guide, {"z": AdaptiveIMLE()})
+    measured = gradient_statistics(random.key(0), IWAE(2), model, adaptive, {}, num_draws=5)
+    assert list(measured.mean) == list(measured.bias) == ["odds"]
+    with pytest.raises(ValueError, match=r"true of no parameter. There are odds\.$"):
+        gradient_statistics(random.key(0), IWAE(2), model, adaptive, {}, only=lambda name: False)
+
+
+def test_a_model_that_only_the_host_can_sum_over():
+    def summed_model():
+        z = numpyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        numpyro.sample("y", dist.Normal(2.0 * z, 1.0))
+
+    def guide_of_y():
+        numpyro.sample("y", dist.Normal(numpyro.param("loc", 0.1), 1.0))
+
+    loss = TraceEnum_ELBO(max_plate_nesting=0)  # which takes funsor to run
+    program = (summed_model, guide_of_y, {}, (), {}, random.key(0), None)
+    assert _Gradients(loss, *program).exact() is None

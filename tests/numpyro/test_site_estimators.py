@@ -8,13 +8,16 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from flax import linen, nnx
 from jax import numpy as jnp
 from jax import random
 from numpyro import sample
 from numpyro.contrib.control_flow import scan
+from numpyro.contrib.module import flax_module, nnx_module
 from numpyro.infer import SVI, autoguide
 
 from numpyro_gradest import (
+    IMLE,
     IWAE,
     OVIS,
     VIMCO,
@@ -97,6 +100,65 @@ def test_a_compiled_run():
     assert (result.params["logits"] != jnp.array([0.2, -0.4])).all()
     assert result.params["loc"] != 0.1
     assert (result.params["a_imle"][3:] == 0).all()  # counts that another optimizer would move
+
+
+FEATURES = jnp.array([0.5, -1.0])
+KERNEL = jnp.array([[0.3, -0.2, 0.4], [0.1, 0.5, -0.6]])
+BIAS = jnp.array([0.2, -0.1, 0.3])
+
+
+def two_bits_and_a_number():
+    a = sample("a", dist.Bernoulli(0.3))
+    b = sample("b", dist.Bernoulli(0.4))
+    y = sample("y", dist.Normal(a + b, 1.0))
+    sample("x", dist.Normal(y + 0.5 * b, 1.0), obs=0.6)
+
+
+def guide_by(outputs):
+    """Of one layer that all sites share; each has a column of its own."""
+    a = sample("a", dist.Bernoulli(logits=outputs[0]))
+    b = sample("b", dist.Bernoulli(logits=outputs[1]))
+    sample("y", dist.Normal(outputs[2] + a - b, 0.8))
+
+
+def linen_guide():
+    guide_by(flax_module("net", linen.Dense(3), input_shape=(2,))(FEATURES))
+
+
+NNX_LAYER = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+
+
+def nnx_guide():
+    guide_by(nnx_module("net", NNX_LAYER)(FEATURES))
+
+
+def guide_without_module():
+    layer = numpyro.param("net$params")
+    guide_by(FEATURES @ layer["kernel"] + layer["bias"])
+
+
+CHOICES = {"a": vimco_learning_signal, "b": IMLE(), "y": "dreg"}
+
+
+@pytest.mark.parametrize("guide", [linen_guide, nnx_guide])
+def test_modules_of_flax(guide):
+    """Their parameters are nested; each site's column gets what it gets without a module."""
+
+    def of(guide):
+        def at(layer):
+            loss, params = IWAE(3), {"net$params": layer}
+            return loss.loss(random.key(0), params, two_bits_and_a_number, guide)
+
+        layer = {"kernel": KERNEL, "bias": BIAS}
+        return jax.jit(jax.grad(at), compiler_options=QUICK_TO_COMPILE)(layer)
+
+    actual = of(configure_estimators(guide, CHOICES))
+    assert_same(actual, of(configure_estimators(guide_without_module, CHOICES)))
+    configured = configure_estimators(guide, CHOICES)
+    svi = SVI(two_bits_and_a_number, configured, optax.sgd(0.1), IWAE(3))
+    assert set(svi.get_params(svi.init(random.key(0)))["net$params"]) == {"kernel", "bias"}
+    by_default = of(guide_without_module)
+    assert (np.abs(actual["kernel"] - by_default["kernel"]) > 1e-3).all()
 
 
 def chain():

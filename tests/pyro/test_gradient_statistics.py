@@ -5,6 +5,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import TraceEnum_ELBO
 
 from pyro_gradest import NVIL, VIMCO, compare_estimators, gradient_statistics
 
@@ -76,3 +77,17 @@ def test_functions_of_the_number_of_particles():
     assert [one.family for one in comparison.statistics] == ["VIMCO"] * 2
     with pytest.raises(ValueError, match="at least one loss"):
         compare_estimators({}, model, guide)
+
+
+def test_a_model_that_only_the_host_can_sum_over():
+    def summed_model():
+        z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(2.0 * z, 1.0))
+
+    def guide_of_y():
+        pyro.sample("y", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0))
+
+    loss = TraceEnum_ELBO(max_plate_nesting=0)
+    measured = gradient_statistics(loss, summed_model, guide_of_y, num_draws=5)
+    assert measured.target.words == "ELBO" and measured.reference is None
+    assert measured.variance["loc"] > 0

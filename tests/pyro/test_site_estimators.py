@@ -86,6 +86,68 @@ def test_modules_and_autoguides(kind, reparam):
     assert_same(gradient(IWAE(3), layers, by_site), desired)
 
 
+FEATURES = torch.tensor([0.5, -1.0])
+WEIGHT = torch.tensor([[0.3, 0.1], [-0.2, 0.5], [0.4, -0.6]])
+BIAS = torch.tensor([0.2, -0.1, 0.3])
+
+
+def two_bits_and_a_number():
+    a = sample("a", dist.Bernoulli(0.3))
+    b = sample("b", dist.Bernoulli(0.4))
+    y = sample("y", dist.Normal(a + b, 1.0))
+    sample("x", dist.Normal(y + 0.5 * b, 1.0), obs=X)
+
+
+def guide_by(outputs):
+    """Of one layer that all sites share; each has a row of its own."""
+    a = sample("a", dist.Bernoulli(logits=outputs[0]))
+    b = sample("b", dist.Bernoulli(logits=outputs[1]))
+    sample("y", dist.Normal(outputs[2] + a - b, 0.8))
+
+
+def layer_of(make=torch.nn.Linear):
+    layer = make(2, 3)
+    layer.load_state_dict({"weight": WEIGHT, "bias": BIAS})
+    return layer
+
+
+class OfModule(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.net = layer_of(PyroModule[torch.nn.Linear])
+
+    def forward(self):
+        guide_by(self.net(FEATURES))
+
+
+def registered():
+    layer = layer_of()
+    return lambda: guide_by(pyro.module("net", layer)(FEATURES))
+
+
+def without_module():
+    weight, bias = pyro.param("weight", WEIGHT.clone()), pyro.param("bias", BIAS.clone())
+    guide_by(weight @ FEATURES + bias)
+
+
+CHOICES = {"a": vimco_learning_signal, "b": IMLE(), "y": "dreg"}
+
+
+@pytest.mark.parametrize("make", [OfModule, registered])
+def test_parameters_inside_of_modules(make):
+    """Each site's row gets what it gets without a module."""
+
+    def of(guide):
+        found = gradient(IWAE(3), two_bits_and_a_number, guide)
+        pyro.clear_param_store()
+        return {name.split("$")[-1].split(".")[-1]: value for name, value in found.items()}
+
+    actual = of(configure_estimators(make(), CHOICES))
+    assert_same(actual, of(configure_estimators(without_module, CHOICES)))
+    by_default = of(without_module)
+    assert ((actual["weight"] - by_default["weight"]).abs() > 1e-3).all()
+
+
 def test_the_point_masses_of_an_autoguide_say_where_its_draws_are():
     guide = configure_estimators(autoguide.AutoNormal(layers), {"y": "dreg"})
     with pytest.raises(ValueError, match=r"'y' is a point mass.*'y_unconstrained'"):
