@@ -1,6 +1,6 @@
-"""Gradients through k-subsets: bias, noise and sparsity of the estimators, and their time.
+"""Gradients through k-subsets: bias, noise and sparsity of the estimators.
 
-    python -m tests.benchmarks.discrete_gradients [numpyro] [pyro] [--draws 400000]
+    python -m tests.benchmarks.discrete_gradients [numpyro] [pyro] [--draws 400000] [--figure PATH]
 
 The study takes subsets of k = 5 of n = 10 items and two objectives, |z - b|^2 and sin(z' A z); the
 latter is far from quadratic. Exact gradients come from all 252 subsets; SIMPLE and ReinMax are held
@@ -12,28 +12,27 @@ Figures are of the mean of 10 draws:
     cosine     mean cosine to the exact gradient
     non-zero   entries that are not zero in the gradient of one draw
 
-The time of a draw and its backward pass is taken at a batch of 1000 with k = 20 of n = 400, in
-float32, against two plain top-k calls of the same size. Each host is measured in a process of its
-own with one thread on one core; JAX is compiled.
+The score function takes the other draws of the group as a baseline. VIMCO and OVIS climb the bound
+of the group, the logarithm of the mean of exp(-objective), and not the mean objective, so that they
+are biased here by design.
+
+Each host is measured in a process of its own with one thread on one core; JAX is compiled.
 """
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Iterator
 from itertools import combinations, permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.benchmarks.__main__ import pin_to_one_core, run_child
-from tests.benchmarks.timing import interleaved_seconds, median_ratio
 from tests.oracles import discrete as oracle
 
 N, K, GROUP = 10, 5, 10
 STEP_SIZES = (0.0125, 0.05, 0.2, 1.0, 5.0)
-BATCH, LARGE_N, LARGE_K = 1000, 400, 20
-NUM_ROUNDS = 7
 
 
 class Pyro:
@@ -65,24 +64,6 @@ class Pyro:
 
         return draw
 
-    def step(self, estimator: Any, solver: Any, theta: np.ndarray, num_samples: int) -> Callable:
-        leaf, weights = self.array(theta).requires_grad_(), self.array(np.sin(theta))
-
-        def step() -> None:
-            z = estimator.sample(leaf, solver, num_samples=num_samples)
-            self.torch.autograd.grad((z * weights).sum(), leaf)
-
-        return step
-
-    def plain(self, solver: Any, theta: np.ndarray, calls: int) -> Callable:
-        theta = self.array(theta)
-
-        def step() -> None:
-            for _ in range(calls):
-                solver.solve(theta)
-
-        return step
-
 
 class NumPyro:
     """JAX, compiled."""
@@ -111,25 +92,6 @@ class NumPyro:
             return np.asarray(gradient), new
 
         return draw
-
-    def step(self, estimator: Any, solver: Any, theta: np.ndarray, num_samples: int) -> Callable:
-        weights, theta = self.array(np.sin(theta)), self.array(theta)
-
-        def loss(theta, key):
-            z = estimator.sample(key, theta, solver, num_samples=num_samples)
-            return (z * weights).sum()
-
-        compiled, key = self.jax.jit(self.jax.grad(loss)), next(self.keys)
-        return lambda: compiled(theta, key).block_until_ready()
-
-    def plain(self, solver: Any, theta: np.ndarray, calls: int) -> Callable:
-        theta, compiled = self.array(theta), self.jax.jit(solver.solve)
-
-        def step() -> None:
-            for _ in range(calls):
-                compiled(theta).block_until_ready()
-
-        return step
 
 
 HOSTS = {"pyro": Pyro, "numpyro": NumPyro}
@@ -212,71 +174,94 @@ def study(host: Any, draws: int) -> Iterator[tuple[str, str, dict[str, float]]]:
             gradients = np.concatenate([draw(state)[0] for _ in range(draws // chunk)])
             law = exponential_family if label in ("SIMPLE", "ReinMax") else plackett_luce
             yield name, label, summary(gradients, laws[law] @ value)
-        yield name, "score, leave one out", score_function(value, theta, laws, draws, rng)
+        for label, figures in score_functions(host, value, theta, laws, draws, rng):
+            yield name, label, figures
 
 
-def score_function(value, theta, laws, draws, rng) -> dict[str, float]:
-    """With the mean of the other draws of the group as a baseline."""
+def score_functions(
+    host: Any, value: np.ndarray, theta: np.ndarray, laws: dict, draws: int, rng: Any
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Groups of draws whose coefficients, of the score of each, come from all of the group."""
     p = plackett_luce(theta)
     scores = (laws[plackett_luce] / p).T
     drawn = rng.choice(len(p), size=(draws // GROUP, GROUP), p=p / p.sum())
-    f = value[drawn]
-    advantage = f - (f.sum(axis=1, keepdims=True) - f) / (GROUP - 1)
-    gradients = (advantage[..., None] * scores[drawn]).reshape(-1, N)
-    return summary(gradients, laws[plackett_luce] @ value)
+    log_weights = host.array(-value[drawn].T)
+    e = host.estimators
+    bound = e.normalized_weights(log_weights)  # what log q in the weights would take away
+    signals = {
+        # Of minus the mean, so that signs are those of the bounds.
+        "score, leave one out": e.reinforce_leave_one_out_learning_signal(log_weights),
+        "VIMCO": e.vimco_learning_signal(log_weights) + bound,
+        "OVIS, gamma=0": e.ovis_gamma_learning_signal(log_weights) + bound,
+    }
+    for label, signal in signals.items():
+        coefficients = -GROUP * np.asarray(signal).T
+        gradients = (coefficients[..., None] * scores[drawn]).reshape(-1, N)
+        yield label, summary(gradients, laws[plackett_luce] @ value)
 
 
-# Time
+def draw_figure(by_host: dict[str, list], path: Path) -> None:
+    """Bias against noise, and cosines, a row for each host."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-def times(host: Any) -> Iterator[tuple[str, float, float]]:
-    theta = np.random.default_rng(0).normal(size=(BATCH, LARGE_N)).astype(np.float32)
-    solver, e = host.estimators.top_k(LARGE_K), host.estimators
-    for num_samples in (1, 10):
-        repeated = np.random.default_rng(0).normal(size=(num_samples, *theta.shape))
-        steps = {
-            "two plain top-k calls": host.plain(solver, repeated.astype(np.float32), 2),
-            "three plain top-k calls": host.plain(solver, repeated.astype(np.float32), 3),
-            "IMLE, forward": host.step(e.IMLE(symmetric=False), solver, theta, num_samples),
-            "IMLE": host.step(e.IMLE(), solver, theta, num_samples),
-        }
-        if num_samples == 1:
-            steps["SIMPLE"] = host.step(e.SIMPLE(), solver, theta, num_samples)
-            noise = e.SumOfGammaNoise(num_ones=LARGE_K)
-            steps["IMLE, sum of gamma"] = host.step(e.IMLE(noise=noise), solver, theta, num_samples)
-        seconds = interleaved_seconds(steps, rounds=NUM_ROUNDS)
-        for name in steps:
-            ratio = median_ratio(seconds[name], seconds["two plain top-k calls"])
-            yield f"{name}, S={num_samples}", statistics.median(seconds[name]), ratio
+    objectives = list(dict.fromkeys(row[0] for rows in by_host.values() for row in rows))
+    figure, axes = pyplot.subplots(
+        len(by_host),
+        2 * len(objectives),
+        figsize=(8 * len(objectives), 5 * len(by_host)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, (host, results) in zip(axes, by_host.items(), strict=True):
+        for objective, (left, right) in zip(objectives, row.reshape(-1, 2), strict=True):
+            figures = {label: each for name, label, each in results if name == objective}
+            colors = pyplot.colormaps["turbo"](np.linspace(0.02, 0.98, len(figures)))
+            for (label, each), color in zip(figures.items(), colors, strict=True):
+                is_seen = each["bias"] > 2 * each["by chance"]
+                left.loglog(
+                    each["noise"], each["bias"], "o", color=color, mfc=color if is_seen else "white"
+                )
+                right.barh(label, each["cosine"], color=color)
+                right.text(each["cosine"], label, f" {each['non-zero']:.1f}", va="center")
+            left.set(title=f"{host}, {objective}", xlabel="noise", ylabel="bias")
+            right.set(xlim=(0, 1.2), xlabel="cosine (numbers: entries not zero)")
+            right.invert_yaxis()
+    figure.suptitle(f"Mean of {GROUP} draws, in units of the exact gradient; open: no bias seen")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("hosts", nargs="*", default=["numpyro", "pyro"])
     parser.add_argument("--draws", type=int, default=400_000)
+    parser.add_argument("--figure", type=Path, help="where to save the plots")
     parser.add_argument("--child", action="store_true")
     arguments = parser.parse_args()
     pin_to_one_core()
     if arguments.child:
-        timed = list(times(HOSTS[arguments.hosts[0]]()))
         if arguments.hosts[0] == "numpyro":
             import jax
 
             jax.config.update("jax_enable_x64", True)
-        rows = list(study(HOSTS[arguments.hosts[0]](), arguments.draws))
-        print(json.dumps({"study": rows, "times": timed}))
+        print(json.dumps(list(study(HOSTS[arguments.hosts[0]](), arguments.draws))))
         return
+    by_host = {}
     for host in arguments.hosts:
-        results = run_child("discrete_gradients", host, "--child", "--draws", str(arguments.draws))
+        rows = by_host[host] = run_child(
+            "discrete_gradients", host, "--child", "--draws", str(arguments.draws)
+        )
         columns = ("bias", "by chance", "noise", "cosine", "non-zero")
-        for objective in dict.fromkeys(row[0] for row in results["study"]):
+        for objective in dict.fromkeys(row[0] for row in rows):
             print(f"\n{host}, {objective:25}" + "".join(f"{column:>11}" for column in columns))
-            for _, label, figures in (row for row in results["study"] if row[0] == objective):
+            for _, label, figures in (row for row in rows if row[0] == objective):
                 print(f"{label:35}" + "".join(f"{figures[column]:11.3f}" for column in columns))
-        print(f"\n{host + ', seconds of a step':41}{'ms':>10}{'/ two top-k':>14}")
-        for label, seconds, ratio in results["times"]:
-            print(f"{label:41}{1e3 * seconds:10.1f}{ratio:14.2f}")
-        print("Target for IMLE: <= 1.5")
+    if arguments.figure:
+        draw_figure(by_host, arguments.figure)
+        print(f"Plots saved as {arguments.figure}")
 
 
 if __name__ == "__main__":
