@@ -430,9 +430,9 @@ class _Gradients:
             return None
         is_host = isinstance(reference, str) and not isinstance(self.loss, MultiSampleELBO)
         choices = choices_for_reference(loss, self.guide_sites, is_host=is_host)
-        model, guide, *others = self.program
+        model, guide, params, args, kwargs, key, only = self.program
         guide = ChooseAnew(guide, choices) if choices else guide
-        return _Gradients(loss, model, guide, *others)
+        return _Gradients(loss, model, guide, params, args, kwargs, key, only)
 
     def _has_unbiased_sibling(self) -> bool:
         if bound_of(self.loss) is None or _is_rescaled(self.loss):

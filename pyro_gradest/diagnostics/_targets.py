@@ -104,7 +104,7 @@ def _in_words(loss: Any, guide_sites: Sites) -> list[str]:
     """In what the sites depart, those of all draws of their kind without the names."""
     found = departures(loss, guide_sites)
     is_on_path = {name: kind in _ON_PATH for name, kind, _ in _draws(loss, guide_sites)}
-    words = []
+    words: list[str] = []
     for words_of_site in dict.fromkeys(found.values()):
         sites = [name for name, other in found.items() if other == words_of_site]
         peers = [name for name in is_on_path if is_on_path[name] == is_on_path[sites[0]]]
