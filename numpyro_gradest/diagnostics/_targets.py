@@ -36,7 +36,7 @@ def target_of(loss: Any, guide_sites: Sites) -> Target:
 
 def words_at_any_number(target: Target) -> str:
     """What it is a gradient of, whatever the number of particles."""
-    return re.sub(r"^\d+(?=-sample)|(?<=with )\d+(?= particles$)", "K", target.words)
+    return re.sub(r"^\d+(?=-sample)|(?<=with )\d+(?= particles)", "K", target.words)
 
 
 def bound_of(loss: Any) -> Target | None:

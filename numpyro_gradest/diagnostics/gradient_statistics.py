@@ -198,8 +198,8 @@ def compare_estimators(
     Estimators with the same target are ranked by the signal-to-noise ratio that a second of their
     gradients has; estimators with different targets never are, and what sites choose that is biased
     by design makes another target. ``print`` the result for a table and the sentences,
-    ``to_frame`` makes it a pandas data frame, and there are plots:
-    :func:`plot_snr_against_particles`, :func:`plot_bias_and_variance`,
+    ``to_frame`` makes it a pandas data frame, and ``plot`` draws, each of which may also be drawn
+    alone, :func:`plot_snr_against_particles`, :func:`plot_bias_and_variance` and
     :func:`plot_snr_per_second`.
 
     Args:

@@ -354,6 +354,22 @@ def test_plots(backend, comparison):
     matplotlib.pyplot.close("all")
 
 
+def test_all_plots_that_there_are_figures_for(backend, comparison):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    assert [ax.get_xlabel() for ax in comparison.plot().axes] == [
+        "number of particles K",
+        "signal-to-noise ratio of a second's average",
+        "standard deviation of one gradient",
+    ]
+    alone = comparison._replace(statistics=(made_up(backend, "one"),))
+    assert [ax.get_xlabel() for ax in alone.plot().axes] == [
+        "signal-to-noise ratio of a second's average"
+    ]
+    matplotlib.pyplot.close("all")
+
+
 def legend(ax):
     return ax.get_legend_handles_labels()[1]
 
