@@ -36,7 +36,7 @@ def target_of(loss: Any, guide_sites: Sites) -> Target:
 
 def words_at_any_number(target: Target) -> str:
     """What it is a gradient of, whatever the number of particles."""
-    return re.sub(r"^\d+(?=-sample)|(?<=with )\d+(?= particles$)", "K", target.words)
+    return re.sub(r"^\d+(?=-sample)|(?<=with )\d+(?= particles)", "K", target.words)
 
 
 def bound_of(loss: Any) -> Target | None:
@@ -46,7 +46,7 @@ def bound_of(loss: Any) -> Target | None:
         return None
     if name in _numpyro_ELBOS:
         return _bound(1, 0.0)
-    if name in _BOUNDS or name == "RenyiELBO":
+    if name == "RenyiELBO" or (name in _BOUNDS and _is_ours(loss)):
         alpha = 1.0 if getattr(loss, "elbo_weight", 0.0) == 1 else float(loss.alpha)
         return _bound(loss.num_particles, alpha)
     return None
@@ -94,8 +94,7 @@ def choices_for_reference(loss: Any, guide_sites: Sites, *, is_host: bool) -> di
 def _draws(loss: Any, guide_sites: Sites) -> list[tuple[str, Any, Site]]:
     """The guide's draws, each with its name and estimator."""
     # The host's losses ask no site, but differentiate along every path that there is.
-    is_asking = hasattr(loss, "_reparams")
-    estimators = SiteEstimators.of(loss) if is_asking else SiteEstimators("pathwise")
+    estimators = SiteEstimators.of(loss) if _is_ours(loss) else SiteEstimators("pathwise")
     draws = [(name, estimators.at(site), site) for name, site in guide_sites.items()]
     return [draw for draw in draws if draw[1] is not None]
 
@@ -104,7 +103,7 @@ def _in_words(loss: Any, guide_sites: Sites) -> list[str]:
     """In what the sites depart, those of all draws of their kind without the names."""
     found = departures(loss, guide_sites)
     is_on_path = {name: kind in _ON_PATH for name, kind, _ in _draws(loss, guide_sites)}
-    words = []
+    words: list[str] = []
     for words_of_site in dict.fromkeys(found.values()):
         sites = [name for name, other in found.items() if other == words_of_site]
         peers = [name for name in is_on_path if is_on_path[name] == is_on_path[sites[0]]]
@@ -136,6 +135,11 @@ def _listed(options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
+def _is_ours(loss: Any) -> bool:
+    """Whether it is a loss of this package, whatever its name."""
+    return hasattr(loss, "_reparams")
+
+
 def _is_mixture(loss: Any) -> bool:
     """Whether it mixes two bounds, or has one for the model and another for the guide."""
     is_pooled = getattr(loss, "pool_replicates", False) and loss.num_replicates > 1
@@ -156,10 +160,11 @@ def _other(loss: Any, name: str) -> str:
             words += f" (the model's over {loss.num_replicates} times as many)"
         weight = loss.elbo_weight
         return f"{words} and ELBO, {1 - weight:g} to {weight:g}" if weight else words
-    if name == "ReweightedWakeSleep":
+    if name == "ReweightedWakeSleep" and _is_ours(loss):
         return f"wake-sleep with {loss.num_particles} particles"
     if name == "TVO":
         ends = loss.partition
         which = ends if isinstance(ends, str) else ", ".join(f"{end:.2g}" for end in ends)
         return f"thermodynamic objective ({which})"
-    return f"objective of {name}"
+    number = 1 if _is_ours(loss) else getattr(loss, "num_particles", 1)
+    return f"objective of {name}" + (f" with {number} particles" if number > 1 else "")

@@ -1,6 +1,6 @@
 """Plots of what gradient estimators were measured to do."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import cycle
 from typing import Any
 
@@ -66,11 +66,7 @@ def plot_snr_against_particles(comparison: EstimatorComparison, *, ax: Any = Non
         Rainforth et al., `Tighter Variational Bounds are Not Necessarily Better
         <https://arxiv.org/abs/1802.04537>`_, 2018, figure 1.
     """
-    families: dict[str, list[GradientStatistics]] = {}
-    for one in comparison.statistics:
-        if one.num_particles is not None:
-            families.setdefault(one.family, []).append(one)
-    families = {name: group for name, group in families.items() if len(group) > 1}
+    families = _families(comparison)
     if not families:
         raise ValueError(
             "plot_snr_against_particles needs an estimator at two numbers of particles or more. "
@@ -94,6 +90,23 @@ def plot_snr_against_particles(comparison: EstimatorComparison, *, ax: Any = Non
     ax.minorticks_off()
     _legend_below(ax)
     return ax
+
+
+def _families(comparison: EstimatorComparison) -> dict[str, list[GradientStatistics]]:
+    """The estimators that there are several numbers of particles of."""
+    families: dict[str, list[GradientStatistics]] = {}
+    for one in comparison.statistics:
+        if one.num_particles is not None:
+            families.setdefault(one.family, []).append(one)
+    return {name: group for name, group in families.items() if len(group) > 1}
+
+
+def plots_of(comparison: EstimatorComparison) -> list[Callable]:
+    """The plots that there are figures for."""
+    plots: list[Callable] = [plot_snr_per_second]
+    if any(one.bias is not None for one in comparison.statistics):
+        plots.append(plot_bias_and_variance)
+    return [plot_snr_against_particles, *plots] if _families(comparison) else plots
 
 
 def _plot_family(

@@ -93,6 +93,19 @@ class EstimatorComparison(NamedTuple):
         rows = {one.name: _figures(one) for one in self.statistics}
         return pandas.DataFrame.from_dict(rows, orient="index")
 
+    def plot(self) -> Any:
+        """A matplotlib figure with every plot that there are figures for, side by side."""
+        from matplotlib import pyplot
+
+        from numpyro_gradest.diagnostics.gradient_plots import plots_of
+
+        plots = plots_of(self)
+        size = (6.4 * len(plots), 5.6)
+        figure, axes = pyplot.subplots(1, len(plots), figsize=size, layout="constrained")
+        for plot, ax in zip(plots, np.atleast_1d(axes), strict=True):
+            plot(self, ax=ax)
+        return figure
+
     @property
     def recommendations(self) -> tuple[str, ...]:
         """What to choose among estimators of the same gradient, and what that rests on."""

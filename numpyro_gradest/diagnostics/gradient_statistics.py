@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -78,7 +78,8 @@ def gradient_statistics(
         args: Arguments of model and guide.
         num_draws: Number of gradients.
         reference: ``"auto"``, a loss whose expected gradient is the right one, figures of such a
-            loss, or ``None``.
+            loss, or ``None``; ``"enumeration"`` is the exact gradient, or an error that says why
+            there is none, as how many states there are.
         num_reference_draws: Of a long run; four times ``num_draws`` if left out.
         only: Whether to look at a parameter, by its name; at all of them if left out. The guide's
             and the model's gradients have different noise, which one average hides.
@@ -93,8 +94,8 @@ def gradient_statistics(
 
     Raises:
         TypeError: If a number is not an integer.
-        ValueError: If a number is too small, ``reference`` is a word other than ``"auto"`` or has
-            other parameters, or no parameter has a gradient.
+        ValueError: If a number is too small, ``reference`` is an unknown word or has other
+            parameters, no parameter has a gradient, or there is none by ``"enumeration"``.
 
     Bias and variance:
         Means and variances are unbiased, with standard errors that fall as one over the root of
@@ -126,15 +127,15 @@ def gradient_statistics(
         Weighted Bounds <https://arxiv.org/abs/2008.01998>`_, 2020, for the directional ratio.
     """
     check_count(num_draws, "num_draws", caller="gradient_statistics")
-    if isinstance(reference, str) and reference != "auto":
+    if isinstance(reference, str) and reference not in ("auto", "enumeration"):
         raise ValueError(
-            'gradient_statistics needs reference="auto", a loss, figures of a loss or None, got '
-            f"{reference!r}."
+            'gradient_statistics needs reference="auto", "enumeration", a loss, figures of a loss '
+            f"or None, got {reference!r}."
         )
     num_particles = getattr(loss, "num_particles", None)
     name = name or f"{type(loss).__name__}({'' if num_particles is None else num_particles})"
     gradients = _Gradients(loss, model, guide, params, args, kwargs, rng_key, only)
-    exact = gradients.exact() if reference == "auto" and not _is_rescaled(loss) else None
+    exact = _exact(gradients, reference)
     options: dict[str, Any] = {"progress_bar": progress_bar, "batch_size": batch_size}
     draw_key, reference_key = jax.random.split(rng_key)
     moments = gradients.measure(draw_key, num_draws, direction=exact, name=name, **options)
@@ -197,8 +198,8 @@ def compare_estimators(
     Estimators with the same target are ranked by the signal-to-noise ratio that a second of their
     gradients has; estimators with different targets never are, and what sites choose that is biased
     by design makes another target. ``print`` the result for a table and the sentences,
-    ``to_frame`` makes it a pandas data frame, and there are plots:
-    :func:`plot_snr_against_particles`, :func:`plot_bias_and_variance`,
+    ``to_frame`` makes it a pandas data frame, and ``plot`` draws, each of which may also be drawn
+    alone, :func:`plot_snr_against_particles`, :func:`plot_bias_and_variance` and
     :func:`plot_snr_per_second`.
 
     Args:
@@ -318,8 +319,20 @@ def _run_references(
     return dict.fromkeys((None, *num_particles), run)
 
 
+def _exact(gradients: "_Gradients", reference: Any) -> np.ndarray | None:
+    """The exact gradient where it is asked for, or may be had."""
+    if reference == "enumeration":
+        return gradients.exact()
+    if reference != "auto":
+        return None
+    try:
+        return gradients.exact()
+    except ValueError:
+        return None
+
+
 def _is_rescaled(loss: ELBO) -> bool:
-    """Whether the length of the gradient is no bias: NVIL divides by a running deviation."""
+    """Whether the length of the gradient says nothing, as of NVIL."""
     return getattr(loss, "normalize_variance", False)
 
 
@@ -400,21 +413,27 @@ class _Gradients:
 
         return measure(draw(), num_draws, direction=direction, progress_bar=progress_bar, name=name)
 
-    def exact(self) -> np.ndarray | None:
-        """The exact gradient of the bound that the loss is for, if there are few states."""
+    def exact(self) -> np.ndarray:
+        """The exact gradient of the bound that the loss is for; raises if there are many states."""
         bound = bound_of(self.loss)
-        if bound is None or bound.num_particles is None or bound.alpha is None:
-            return None
-        num_particles, alpha = bound.num_particles, bound.alpha
+        if bound is None:
+            words = target_of(self.loss, self.guide_sites).words
+            raise ValueError(
+                f"There is no exact gradient by enumeration for the {words}, which is not one "
+                "bound. Pass as reference a loss to run for long, or None."
+            )
+        if _is_rescaled(self.loss):
+            raise ValueError(
+                f"{type(self.loss).__name__} divides its gradient by a running deviation, so that "
+                "its length is no bias. Pass it normalize_variance=False, or reference=None."
+            )
+        num_particles, alpha = cast(tuple[int, float], bound[1:])
 
         def expected(point: Array) -> Array:
             program = self._program(point, SiteEstimators("score"))
             return expected_bound(program, self.key, num_particles, alpha=alpha)
 
-        try:
-            return np.asarray(jax.jit(jax.grad(expected))(self.point), np.float64)[self.is_seen]
-        except ValueError:
-            return None  # too many states, or a program that the host's loss alone can run
+        return np.asarray(jax.jit(jax.grad(expected))(self.point), np.float64)[self.is_seen]
 
     def reference(self, reference: str | ELBO | None) -> "_Gradients | None":
         """What to run for long; for what is biased by design, the same without that.
@@ -430,9 +449,9 @@ class _Gradients:
             return None
         is_host = isinstance(reference, str) and not isinstance(self.loss, MultiSampleELBO)
         choices = choices_for_reference(loss, self.guide_sites, is_host=is_host)
-        model, guide, *others = self.program
+        model, guide, params, args, kwargs, key, only = self.program
         guide = ChooseAnew(guide, choices) if choices else guide
-        return _Gradients(loss, model, guide, *others)
+        return _Gradients(loss, model, guide, params, args, kwargs, key, only)
 
     def _has_unbiased_sibling(self) -> bool:
         if bound_of(self.loss) is None or _is_rescaled(self.loss):

@@ -67,7 +67,11 @@ def _states(guide_trace: Trace, plates: CommonPlates, num_particles: int) -> dic
     }
     number = prod(map(len, values.values())) ** num_particles * prod(plates.sizes)
     if number > LARGEST_SUM:
-        raise NotEnumerableError(f"There are {number} terms, more than {LARGEST_SUM}.")
+        raise NotEnumerableError(
+            f"There are {number} terms to sum over, more than {LARGEST_SUM}: every tuple of "
+            f"{num_particles} states, times the elements of the common plates. Take fewer "
+            "particles, data or states."
+        )
     states = list(product(*(range(len(value)) for value in values.values())))
     choices = np.array(states, dtype=int).reshape(len(states), len(values))
     return {name: value[choices[:, column]] for column, (name, value) in enumerate(values.items())}
@@ -87,7 +91,10 @@ def _values(name: str, site: Site, plates: CommonPlates) -> Array:
     common = {len(shape) + dims[plate] - num_event_dims for plate in plates.names}
     free = [1 if axis in common else size for axis, size in enumerate(shape)]
     if len(support) ** prod(free) > LARGEST_SUM:
-        raise NotEnumerableError(f"Site {name!r} has {len(support)}^{prod(free)} values.")
+        raise NotEnumerableError(
+            f"Site {name!r} has {len(support)}^{prod(free)} values to sum over, more than "
+            f"{LARGEST_SUM}. Take a smaller one."
+        )
     choices = np.array(list(product(range(len(support)), repeat=prod(free))))
     number = len(choices)
     return jnp.broadcast_to(support[choices.reshape(number, *free)], (number, *shape, *event_shape))

@@ -24,7 +24,6 @@ class IWAE(MultiSampleELBO):
     large: prefer :class:`VIMCO` or :class:`OVIS` for guides with discrete sites. ``IWAE(1)`` is
     the ELBO.
 
-
     Args:
         num_particles: K, the number of particles in the bound.
         reparam: What guide sites with a reparameterised sampler get. ``"pathwise"`` differentiates
@@ -58,10 +57,8 @@ class IWAE(MultiSampleELBO):
         unbiased for the model's gradient of its bound, and for the guide's of its own, which is
         looser.
 
-
     Cost:
         K evaluations of model and guide, and O(K) to combine them.
-
 
     Example:
         >>> import numpyro

@@ -32,7 +32,8 @@ class RLOO(MultiSampleELBO):
             Dependencies are found by the host's provenance, as in its ``TraceGraph_ELBO``. Within a
             plate they are taken to be from element to element, as the plate declares: what is
             computed from several of its elements may come back into it by way of a site outside
-            only. Draws inside of ``scan`` and ``cond`` are refused.
+            only. Draws inside of ``scan`` and ``cond`` are refused, and so is, by JAX, a Python
+            ``if`` on a draw. What is not seen: values that a host callback keeps for another one.
         reparam: What guide sites with a reparameterised sampler get. ``"pathwise"`` differentiates
             through their values; ``"stl"`` and ``"dreg"``, which are the same here, leave the
             score of their density out, whose mean is zero; ``"score"`` takes the score function at

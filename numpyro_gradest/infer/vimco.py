@@ -23,7 +23,6 @@ class VIMCO(MultiSampleELBO):
     (:func:`~numpyro_gradest.estimators.vimco_learning_signal`). Reparameterised sites get the
     pathwise gradient, and mixed guides both.
 
-
     Args:
         num_particles: K, the number of particles in the bound, at least 2.
         leave_one_out: ``"geometric"`` (the paper's) or ``"arithmetic"``, the mean that stands for
@@ -55,10 +54,8 @@ class VIMCO(MultiSampleELBO):
         Unbiased for the gradient of the K-sample bound. The signal-to-noise ratio of the guide's
         gradient falls, as 1/sqrt(K) in the limit of many particles; that of :class:`OVIS` grows.
 
-
     Cost:
         K evaluations of model and guide, and O(K) to combine them.
-
 
     Example:
         >>> import numpyro

@@ -70,7 +70,11 @@ def _states(guide_trace: Trace, plates: CommonPlates, num_particles: int) -> lis
     }
     number = prod(map(len, values.values())) ** num_particles * prod(plates.sizes)
     if number > LARGEST_SUM:
-        raise NotEnumerableError(f"There are {number} terms, more than {LARGEST_SUM}.")
+        raise NotEnumerableError(
+            f"There are {number} terms to sum over, more than {LARGEST_SUM}: every tuple of "
+            f"{num_particles} states, times the elements of the common plates. Take fewer "
+            "particles, data or states."
+        )
     return [dict(zip(values, state, strict=True)) for state in product(*values.values())]
 
 
@@ -88,7 +92,10 @@ def _values(name: str, site: Site, plates: CommonPlates) -> list[Tensor]:
     common = {len(shape) + dims[plate] - num_event_dims for plate in plates.names}
     free = [1 if axis in common else size for axis, size in enumerate(shape)]
     if len(support) ** prod(free) > LARGEST_SUM:
-        raise NotEnumerableError(f"Site {name!r} has {len(support)}^{prod(free)} values.")
+        raise NotEnumerableError(
+            f"Site {name!r} has {len(support)}^{prod(free)} values to sum over, more than "
+            f"{LARGEST_SUM}. Take a smaller one."
+        )
     return [
         support[torch.tensor(choice).reshape(free)].expand((*shape, *event_shape))
         for choice in product(range(len(support)), repeat=prod(free))

@@ -95,8 +95,9 @@ def _run(program: Program, num_particles: int) -> Particles:
         pair = trace_pair(program, num_particles)
         return _pair(*(read_particles(program, *traces, num_particles) for traces in pair))
     if program.has_credits:
-        with TrackDraws():
+        with TrackDraws() as tracker:
             traces = trace_particles(program, num_particles)
+        tracker.note_log_probs(*traces)
         particles = read_particles(program, *traces, num_particles)
         return detach_provenance(particles)  # type: ignore[type-var]  # takes tuples, too
     return read_particles(program, *trace_particles(program, num_particles), num_particles)
@@ -222,13 +223,13 @@ def _read_credit(
 
 
 def _check_same_sites(runs: Iterable[dict[str, Tensor]]) -> None:
-    """Dependencies are read off tensors: of a branch that a particle took they say nothing."""
+    """The costs of a site are compared between particles, all of which have to have it."""
     first, *others = map(set, runs)
     for other in others:
         if different := sorted(first ^ other):
             raise ValueError(
                 f"The {different[0]} is there at some particles only: model or guide branches on a "
-                'draw, of which credit="downstream" can\'t tell what it changes. Use '
+                'draw, but credit="downstream" compares the costs of a site between particles. Use '
                 'credit="whole".'
             )
 

@@ -32,7 +32,6 @@ class OVIS(MultiSampleELBO):
     (:func:`~pyro_gradest.estimators.ovis_mc_learning_signal`). Reparameterised sites get the
     pathwise gradient, and mixed guides both.
 
-
     Args:
         num_particles: K, the number of particles in the bound, at least 2.
         num_auxiliary: S, the number of auxiliary draws for the Monte Carlo control variate. They
@@ -71,11 +70,9 @@ class OVIS(MultiSampleELBO):
         wake-phi gradient. A large signal-to-noise ratio is not a large likelihood: on sigmoid
         belief networks ``gamma=0`` trains about as well as VIMCO.
 
-
     Cost:
         K + S evaluations of model and guide, S of them without gradient, and O(K (1 + S)) to
         combine them.
-
 
     Example:
         >>> import pyro

@@ -33,9 +33,10 @@ class RLOO(MultiSampleELBO):
             Dependencies are found by the host's provenance, as in its ``TraceGraph_ELBO``. Within a
             plate they are taken to be from element to element, as the plate declares: what is
             computed from several of its elements may come back into it by way of a site outside
-            only. Plain Python numbers hide where they come from, and so does what is written into
-            a tensor: with an ``if`` on a draw, ``.item()`` or ``tensor[i] = draw``, take
-            ``"whole"``.
+            only. Where a draw turns into a Python number (an ``if``, ``.item()``, ``.numpy()``) or
+            is written into a tensor (``tensor[i] = draw``), selects entries (``x[draw > 0]``) or
+            passes through ``torch.func``, provenance ends, and all that follows is taken to depend
+            on the draw.
         reparam: What guide sites with a reparameterised sampler get. ``"pathwise"`` differentiates
             through their values; ``"stl"`` and ``"dreg"``, which are the same here, leave the
             score of their density out, whose mean is zero; ``"score"`` takes the score function at

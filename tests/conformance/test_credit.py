@@ -6,7 +6,7 @@ log-density, and the terms of the log-weight that depend on it.
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -43,20 +43,25 @@ def global_and_local() -> Case:
     return Case(program_for("global_and_local"), credits)
 
 
-def two_layers() -> Case:
-    """Of the second layer the first one's prior is no consequence; of the first all is."""
+def two_layers(seen: Callable = lambda a: a, normal: Any = None) -> Case:
+    """Of the second layer the first one's prior is no consequence; of the first all is.
+
+    ``seen`` is how the programs look at the first bit, which it leaves as it is, and ``normal``
+    the distribution of what is observed of the second.
+    """
     params = {"logit": np.array(0.4), "slope": np.array(1.2), "weight": np.array(0.8)}
 
     def model(ppl):
         weight = ppl.param("weight", params["weight"])
         a = ppl.sample("a", ppl.Bernoulli(logits=ppl.array(0.5)))
         ppl.sample("y", ppl.Normal(2.0 * a, 0.9), obs=ppl.array(-0.3))
-        b = ppl.sample("b", ppl.Bernoulli(logits=weight * a - 0.2))
-        ppl.sample("x", ppl.Normal(1.0 * b, 0.7), obs=ppl.array(0.9))
+        b = ppl.sample("b", ppl.Bernoulli(logits=weight * seen(a) - 0.2))
+        ppl.sample("x", (normal or ppl.Normal)(1.0 * b, 0.7), obs=ppl.array(0.9))
 
     def guide(ppl):
         a = ppl.sample("a", ppl.Bernoulli(logits=ppl.param("logit", params["logit"])))
-        ppl.sample("b", ppl.Bernoulli(logits=ppl.param("slope", params["slope"]) * a - 0.5))
+        slope = ppl.param("slope", params["slope"])
+        ppl.sample("b", ppl.Bernoulli(logits=slope * seen(a) - 0.5))
 
     def terms(params, state):
         a, b = state["a"], state["b"]
@@ -279,6 +284,66 @@ def test_sequential_plate():
     )
     assert_equal(downstream.gradients, whole.gradients)
     assert_equal(downstream.losses, whole.losses)
+
+
+def by_branch(a):
+    return 1.0 if a == 1 else 0.0
+
+
+def written(a):
+    import torch
+
+    values = torch.zeros(2, dtype=a.dtype)
+    values[1] = a
+    return values[1]
+
+
+def logged(a):
+    return 1.0 * a + 0.0 * a.mean().item()
+
+
+@pytest.mark.parametrize(
+    ("seen", "particles"), [(by_branch, "loop"), (written, "loop"), (logged, "vmap")]
+)
+def test_what_the_host_loses_sight_of_counts_for_all_that_follows(seen, particles):
+    """For each particle by itself."""
+    require_host("pyro")
+    check_mean("pyro", two_layers(seen), particles)
+
+
+def called_back(a):
+    import jax
+
+    return jax.pure_callback(lambda a: 1.0 * a, a * 1.0, a, vmap_method="sequential")
+
+
+def test_tracers_alone_leave_the_program():
+    """Python sees no value of a draw, and what comes back from the host depends on what went."""
+    require_host("numpyro")
+    check_mean("numpyro", two_layers(called_back), "vmap")
+    from jax.errors import TracerBoolConversionError
+
+    with pytest.raises(TracerBoolConversionError):
+        gradients("numpyro", two_layers(by_branch).program, "loop", credit="downstream")
+
+
+def test_what_a_log_probability_hides():
+    """It is computed after all draws."""
+    require_host("pyro")
+    import pyro.distributions as dist
+
+    class Hiding(dist.Normal):
+        def log_prob(self, value):
+            return dist.Normal(self.loc.item(), self.scale.item()).log_prob(value)
+
+    check_mean("pyro", two_layers(normal=Hiding), "loop")
+
+
+def check_mean(host, case, particles):
+    problem = case.program.problem
+    _, values = gradients(host, case.program, particles, credit="downstream")
+    mean = enumeration.tuple_probabilities(problem, K) @ values
+    assert_equal(mean, enumeration.exact_gradient(problem, K, bound), "mean")
 
 
 def test_refuses_another_credit(backend):

@@ -91,6 +91,25 @@ def test_the_reference_is_the_exact_gradient(backend, program):
     assert_equal(exact, enumeration.exact_gradient(program.problem, 2))
 
 
+def test_enumeration_on_demand_says_why_not(backend):
+    """And how many states there are; else there is no reference, and no error."""
+
+    def ask(loss, program):
+        options = {"num_draws": 2, "reference": "enumeration"}
+        return statistics(backend.host, loss, program_for(program), **options)
+
+    package = backend.package
+    assert ask(package.IWAE(2), "one_bit").reference == "enumeration"
+    with pytest.raises(ValueError, match=r"There are 1048576 terms.*more than 100000.*particles"):
+        ask(package.IWAE(10), "bit_vector")
+    with pytest.raises(ValueError, match=r"'y' \(Normal\) can't be enumerated"):
+        ask(package.IWAE(2), "mixed")
+    with pytest.raises(ValueError, match=r"thermodynamic objective.*not one bound.*long"):
+        ask(package.TVO(2), "one_bit")
+    with pytest.raises(ValueError, match=r"NVIL divides.*normalize_variance=False"):
+        ask(package.NVIL(2), "one_bit")
+
+
 def test_variance_and_bias_of_an_estimator_that_is_biased_by_design(backend):
     """Its exact moments lie within what chance explains of the figures."""
     program, K = program_for("one_bit"), 2
@@ -198,7 +217,7 @@ def test_a_loss_of_the_host(backend):
     ("options", "error", "match"),
     [
         ({"num_draws": 0}, ValueError, "num_draws >= 1, got 0"),
-        ({"reference": "exact"}, ValueError, 'reference="auto"'),
+        ({"reference": "exact"}, ValueError, 'reference="auto", "enumeration", a loss'),
     ],
 )
 def test_bad_options_are_refused(backend, options, error, match):
@@ -332,6 +351,22 @@ def test_plots(backend, comparison):
     of_bars = {bar.get_edgecolor() for bar in ax.patches}
     of_targets = [entry.get_facecolor() for entry in ax.get_legend().get_patches()]
     assert len(of_bars) == len(of_targets) == 3 and of_bars == set(of_targets)
+    matplotlib.pyplot.close("all")
+
+
+def test_all_plots_that_there_are_figures_for(backend, comparison):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    assert [ax.get_xlabel() for ax in comparison.plot().axes] == [
+        "number of particles K",
+        "signal-to-noise ratio of a second's average",
+        "standard deviation of one gradient",
+    ]
+    alone = comparison._replace(statistics=(made_up(backend, "one"),))
+    assert [ax.get_xlabel() for ax in alone.plot().axes] == [
+        "signal-to-noise ratio of a second's average"
+    ]
     matplotlib.pyplot.close("all")
 
 

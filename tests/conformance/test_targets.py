@@ -181,6 +181,14 @@ def test_losses_of_the_host_look_at_no_choice_but_a_gradient_to_carry(backend):
     assert target(backend, host_elbo(backend), carried).words == "ELBO by SIMPLE() at b"
 
 
+def test_losses_are_not_known_by_their_name_alone(backend):
+    class IWAE(type(host_elbo(backend))):
+        pass
+
+    words = target(backend, IWAE(num_particles=3), program_for("one_bit")).words
+    assert words == "objective of IWAE with 3 particles"
+
+
 # --- what they are measured against --------------------------------------------------------------
 
 

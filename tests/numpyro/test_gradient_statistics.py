@@ -20,7 +20,7 @@ from numpyro_gradest import (
     gradient_statistics,
     imle,
 )
-from numpyro_gradest.diagnostics.gradient_statistics import _Gradients
+from numpyro_gradest.diagnostics.gradient_statistics import _exact, _Gradients
 
 
 def model():
@@ -95,4 +95,7 @@ def test_a_model_that_only_the_host_can_sum_over():
 
     loss = TraceEnum_ELBO(max_plate_nesting=0)  # which takes funsor to run
     program = (summed_model, guide_of_y, {}, (), {}, random.key(0), None)
-    assert _Gradients(loss, *program).exact() is None
+    gradients = _Gradients(loss, *program)
+    assert _exact(gradients, "auto") is None
+    with pytest.raises(ValueError, match="'z' is configured for enumeration"):
+        _exact(gradients, "enumeration")

@@ -1,13 +1,16 @@
 """``RLOO(credit="downstream")`` in Pyro: training, branches, and what it refuses."""
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI
 
 from pyro_gradest import RLOO, VIMCO
 from pyro_gradest.estimators import reinforce_leave_one_out_learning_signal
+from pyro_gradest.infer._credit import TrackDraws
 
 X = torch.tensor([-0.5, 0.2, 2.9, 3.3])
 
@@ -66,6 +69,76 @@ def test_site_with_a_signal_of_its_own():
         gradients.append(torch.autograd.grad(loss, logit)[0])
     assert gradients[0] != 0
     torch.testing.assert_close(*gradients)
+
+
+def by_copy(z):
+    value = torch.zeros(2)
+    value.copy_(z)
+
+
+def by_data(z):
+    torch.zeros(2).data = z
+
+
+HIDING = {
+    "if": lambda z: 1 if z[0] == 1 else 0,
+    "item": lambda z: z[0].item(),
+    "float": lambda z: float(z[0]),
+    "index": lambda z: ["no", "yes"][z[0].long()],
+    "range": lambda z: range(z[0].long()),
+    "slice": lambda z: torch.ones(2)[: z[0].long()],
+    "tolist": lambda z: z.tolist(),
+    "numpy": lambda z: z.numpy(),
+    "array": lambda z: np.asarray(z),
+    "in": lambda z: 1.0 in z,
+    "equal": lambda z: torch.equal(z, z),
+    "tensor": lambda z: torch.as_tensor([z[0], z[1]]),
+    "full": lambda z: torch.full((2,), z[0]),
+    "setitem": lambda z: torch.zeros(3).__setitem__(slice(0, 2), z),
+    "copy": by_copy,
+    "data": by_data,
+    "out": lambda z: torch.mul(z, 1.0, out=torch.zeros(2)),
+    "iadd": lambda z: torch.zeros(2).add_(z),
+    "mask": lambda z: z[z > 0],
+    "nonzero": lambda z: z.nonzero(),
+    "where": lambda z: torch.where(z > 0),
+    "unique": lambda z: torch.unique(z),
+    "unique method": lambda z: z.unique(),
+    "unique consecutive": lambda z: torch.unique_consecutive(z),
+    "vmap": torch.func.vmap(lambda one: 2 * one),
+    "grad": torch.func.grad(lambda z: (z * z).sum()),
+}
+
+
+def hidden_by(function):
+    tracker = TrackDraws()
+    with tracker:
+        function(pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1)))
+        node = poutine.trace(lambda: pyro.sample("w", dist.Normal(0.0, 1.0))).get_trace().nodes["w"]
+    return node["follows"]
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_sees_where_provenance_ends(name):
+    assert hidden_by(HIDING[name]) == {"z"}
+
+
+SEEN = {
+    "unpacked": lambda z: [2 * one for one in z],
+    "shape": lambda z: z.new_zeros(len(z), z.shape[0], z.dim(), z.numel(), z.size(0)),
+    "in place": lambda z: (2 * z).add_(z),
+    "indexed": lambda z: z[z.long()[:1].clamp(0, 1)] + z[..., None].expand(2, 3).sum(),
+    "maximum": lambda z: torch.max(z, dim=0).values + torch.where(z > 0, z, 0.0).softmax(0),
+    "network": lambda z: torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())(z),
+    "checked": lambda z: dist.Normal(z, z.exp(), validate_args=True).log_prob(z),
+    "transformed": lambda z: dist.LogNormal(z, 1.0, validate_args=True).rsample(),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_what_provenance_follows_hides_nothing(name):
+    """What the host checks is its own affair: no value of it depends on that."""
+    assert hidden_by(SEEN[name]) == set()
 
 
 def test_refuses_branches():
