@@ -70,7 +70,7 @@ def pyro_steps(theta: np.ndarray, num_samples: int) -> Steps:
 
     def gradient(draw: Callable, **options: Any) -> None:
         z = draw(leaf, num_samples=num_samples, **options)
-        torch.autograd.grad((z * weights).mean(0).sum(), [leaf, *options.values()])
+        torch.autograd.grad((z * weights).sum() / num_samples, [leaf, *options.values()])
 
     steps = {name: partial(by_hand, *options) for name, options in BY_HAND.items()}
     for name, is_central in ESTIMATORS:
@@ -109,7 +109,8 @@ def numpyro_steps(theta: np.ndarray, num_samples: int) -> Steps:
 
     def loss(draw: Callable, name: str, theta: Any, counts: Any, key: Any, weights: Any) -> Any:
         options = {"counts": counts} if name == "AdaptiveIMLE" else {}
-        return (draw(key, theta, num_samples=num_samples, **options) * weights).mean(0).sum()
+        z = draw(key, theta, num_samples=num_samples, **options)
+        return (z * weights).sum() / num_samples
 
     steps: Steps = {
         name: (partial(by_hand, *options), partial(peak, solver))
