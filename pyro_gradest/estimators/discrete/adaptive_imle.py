@@ -175,10 +175,9 @@ class AdaptiveIMLE:
             is_of_bits=prepared.solver.solve == threshold().solve,
             is_relative=self.relative,
         )
-        length = length_of(theta.detach(), prepared.solver.event_dim).clamp_min(self.temperature)
-        return solve_with_difference(
-            rule, prepared.theta, prepared.perturbed, state.relative_step * length, counts
-        )
+        lengths = length_of(theta.detach(), prepared.solver.event_dim)
+        length = state.relative_step * lengths.clamp_min(self.temperature)
+        return solve_with_difference(rule, prepared.theta, prepared.perturbed, length, counts)
 
     def update(self, state: AdaptiveState, counts: Float[Tensor, "2"]) -> AdaptiveState:
         """The state after a backward pass.
