@@ -128,7 +128,7 @@ def test_ties_give_exactly_k_ones(backend, dtype, value):
 @pytest.mark.parametrize(("num_items", "k"), [(83, 5), (400, 20), (50, 20)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_largest_of_many_rows(backend, dtype, num_items, k):
-    """Of arrays so large that they are searched another way; with ties, huge entries, and in order."""
+    """Of arrays so large that they are searched another way; tied, huge, and in order."""
     rng = np.random.default_rng(0)
     theta = rng.normal(size=(6, 80, num_items)).astype(dtype)
     theta[1] = rng.integers(3, size=theta[1].shape)
@@ -577,6 +577,32 @@ def test_marginals_of_hard_scores(backend, k):
     np.testing.assert_allclose(value[1], k / 7, rtol=1e-5)
     np.testing.assert_allclose(value[0, :2], [1, k == 7], atol=1e-5)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (30, 7), (200, 100)])
+def test_marginals_beside_excluded_items(backend, n, k):
+    """Float32: of many items, and with as many more that are never in, which change nothing."""
+    theta = np.random.default_rng(0).normal(size=(2, n)).astype(np.float32)
+    theta[1] = 3.0
+    solver = backend.estimators.top_k(k)
+    weights = np.arange(2 * n, dtype=np.float32) / n
+
+    def marginals_and_product(theta):
+        weighted = backend.array(weights[: theta.shape[-1]])
+        (product,) = backend.gradients(lambda t: (solver.marginals(t) * weighted).sum(), theta)
+        return evaluate(backend, solver.marginals, theta), product
+
+    alone, product = marginals_and_product(theta)
+    excluded = np.full((2, n), -1e6, np.float32)
+    both, product_of_both = marginals_and_product(np.concatenate([theta, excluded], axis=1))
+    drawn = solver.draw(*key_for(backend), backend.array(theta), *[None] * (backend.host == "pyro"))
+
+    np.testing.assert_allclose(alone.sum(axis=-1), k, rtol=1e-5)
+    np.testing.assert_allclose(alone[1], k / n, rtol=1e-5)
+    np.testing.assert_allclose(both[:, :n], alone, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(both[:, n:], 0)
+    np.testing.assert_allclose(product_of_both[:, :n], product, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(backend.numpy(drawn).sum(axis=-1), k)
 
 
 @pytest.mark.parametrize("name", ["StraightThrough", "GumbelSoftmaxST", "ReinMax", "SIMPLE"])
