@@ -119,8 +119,9 @@ class NumPyro:
             z = estimator.sample(key, theta, solver, num_samples=num_samples)
             return (z * weights).sum()
 
-        compiled, key = self.jax.jit(self.jax.grad(loss)), next(self.keys)
-        return lambda: compiled(theta, key).block_until_ready()
+        # With the value: a linear objective's gradient alone would not need the draws.
+        compiled, key = self.jax.jit(self.jax.value_and_grad(loss)), next(self.keys)
+        return lambda: self.jax.block_until_ready(compiled(theta, key))
 
     def plain(self, solver: Any, theta: np.ndarray, calls: int) -> Callable:
         theta, compiled = self.array(theta), self.jax.jit(solver.solve)

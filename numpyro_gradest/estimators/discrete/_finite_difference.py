@@ -73,7 +73,8 @@ def _difference(
     """The derivative in theta, and the change in how many data."""
     event_dim = rule.solver.event_dim
     if length is None:
-        scale, inverse = rule.step_size, jnp.asarray(1 / rule.step_size, gradient.dtype)
+        scale = jnp.asarray(rule.step_size, gradient.dtype)
+        inverse = jnp.asarray(1 / rule.step_size, gradient.dtype)
         is_counted = jnp.array(True)
     else:
         size = length_of(gradient, event_dim)
@@ -84,7 +85,7 @@ def _difference(
     # A solver need not know what to do with nan or inf: they are put back below.
     displacement = jnp.nan_to_num(scale * gradient, nan=0.0, posinf=0.0, neginf=0.0)
     below = states_of(rule.solver, perturbed - displacement)
-    above = states_of(rule.solver, perturbed + displacement) if rule.symmetric else states
+    above = states_of(rule.solver, perturbed + displacement) if states is None else states
     if rule.symmetric:
         inverse = inverse / 2
     result = inverse * (above - below) + 0.0 * gradient

@@ -44,7 +44,8 @@ class _LogPartition(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient.unsqueeze(-1) * _marginals(*ctx.saved_tensors, ctx.num_ones), None, None
+        theta, shift = ctx.saved_tensors
+        return gradient.unsqueeze(-1) * _marginals(theta, shift, ctx.num_ones), None, None
 
 
 def marginals(theta: Float[Tensor, " *batch n"], num_ones: int) -> Float[Tensor, " *batch n"]:
