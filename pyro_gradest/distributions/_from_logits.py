@@ -10,7 +10,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.utils import lazy_property
 
-from pyro_gradest.estimators.discrete._validation import is_false
+from pyro_gradest.estimators.discrete._validation import is_finite
 
 _NO_SHAPE = torch.Size()
 
@@ -33,7 +33,7 @@ class FromLogits(TorchDistribution):
                 f"{caller} needs logits of shape [*batch, {axes}], got {tuple(logits.shape)}."
             )
         is_checked = self._validate_args if validate_args is None else validate_args
-        if is_checked and is_false(torch.isfinite(logits.detach()).all()):
+        if is_checked and not is_finite(logits):
             raise ValueError(
                 f"{caller} needs finite logits, got {logits.detach()}. Exclude a value by a large "
                 "negative number such as -1e4, not by -inf; nan most often comes from too large a "

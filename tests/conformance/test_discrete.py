@@ -125,6 +125,27 @@ def test_ties_give_exactly_k_ones(backend, dtype, value):
     assert set(np.unique(states)) == {0, 1}
 
 
+@pytest.mark.parametrize(("num_items", "k"), [(83, 5), (400, 20), (50, 20)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_largest_of_many_rows(backend, dtype, num_items, k):
+    """Of arrays so large that they are searched another way; tied, huge, and in order."""
+    rng = np.random.default_rng(0)
+    theta = rng.normal(size=(6, 80, num_items)).astype(dtype)
+    theta[1] = rng.integers(3, size=theta[1].shape)
+    theta[2] = rng.choice([-1000, 0, 1000], size=theta[2].shape)
+    theta[3] = np.sort(theta[3], axis=-1)
+    theta[4] = -np.sort(theta[4], axis=-1)
+    theta[5, :, :-3] = np.finfo(dtype).min
+
+    states = backend.numpy(backend.estimators.top_k(k).solve(backend.array(theta)))
+
+    assert set(np.unique(states)) == {0, 1}
+    np.testing.assert_array_equal(states.sum(axis=-1), k)
+    largest = np.sort(theta, axis=-1)[..., -k:]
+    chosen = np.sort(theta[states == 1].reshape(*theta.shape[:2], k), axis=-1)
+    np.testing.assert_array_equal(chosen, largest)
+
+
 def test_path_across_free_cells(backend):
     """Cells that cost nothing or less are edges all the same."""
     theta = backend.array(np.array([[0.0, -5.0, 1.0], [0.0, -5.0, 0.0], [-5.0, 0.0, 0.0]]))
@@ -559,6 +580,32 @@ def test_marginals_of_hard_scores(backend, k):
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (30, 7), (200, 100)])
+def test_marginals_beside_excluded_items(backend, n, k):
+    """Float32: of many items, and with as many more that are never in, which change nothing."""
+    theta = np.random.default_rng(0).normal(size=(2, n)).astype(np.float32)
+    theta[1] = 3.0
+    solver = backend.estimators.top_k(k)
+    weights = np.arange(2 * n, dtype=np.float32) / n
+
+    def marginals_and_product(theta):
+        weighted = backend.array(weights[: theta.shape[-1]])
+        (product,) = backend.gradients(lambda t: (solver.marginals(t) * weighted).sum(), theta)
+        return evaluate(backend, solver.marginals, theta), product
+
+    alone, product = marginals_and_product(theta)
+    excluded = np.full((2, n), -1e6, np.float32)
+    both, product_of_both = marginals_and_product(np.concatenate([theta, excluded], axis=1))
+    drawn = solver.draw(*key_for(backend), backend.array(theta), *[None] * (backend.host == "pyro"))
+
+    np.testing.assert_allclose(alone.sum(axis=-1), k, rtol=1e-5)
+    np.testing.assert_allclose(alone[1], k / n, rtol=1e-5)
+    np.testing.assert_allclose(both[:, :n], alone, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(both[:, n:], 0)
+    np.testing.assert_allclose(product_of_both[:, :n], product, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(backend.numpy(drawn).sum(axis=-1), k)
+
+
 @pytest.mark.parametrize("name", ["StraightThrough", "GumbelSoftmaxST", "ReinMax", "SIMPLE"])
 def test_gradients_of_one_hot_states(backend, name):
     rng = np.random.default_rng(0)
@@ -747,7 +794,7 @@ def test_hard_scores_in_float32(backend, name):
     """Scores of +-1000, ties and zeros, and objectives whose gradient is huge, tiny or zero."""
     theta = np.array([[1000, -1000, 0, 0], [0, 0, 0, 0], [1e-30, 0, 0, 0]], np.float32)
     is_adaptive = name == "AdaptiveIMLE"
-    estimator = getattr(backend.estimators, name)(**({"initial_step": 2.0} if is_adaptive else {}))
+    estimator = getattr(backend.estimators, name)(**({"initial_step": 20.0} if is_adaptive else {}))
     options = {"state": estimator.init(backend.array(theta))} if is_adaptive else {}
     solver = backend.estimators.one_hot_argmax()
     for scale in (0.0, 1e-25, 1.0, 1e25):

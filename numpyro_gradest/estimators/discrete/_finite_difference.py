@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from numpyro_gradest.estimators.discrete.solvers import Solver
+from numpyro_gradest.estimators.discrete.solvers import Solver, states_of
 
 
 class Rule(NamedTuple):
@@ -19,9 +19,7 @@ class Rule(NamedTuple):
     solver: Solver
     symmetric: bool
     step_size: float = 0.0
-    """lambda, where the step is not relative to theta."""
-    least_length: float = 0.0
-    """What the length of theta counts as at least, where the step is relative to it."""
+    """lambda, where a step is this multiple of the gradient."""
     is_of_bits: bool = False
     """Whether an entry is one of the two of a one-hot state, which change together."""
     is_relative: bool = False
@@ -31,74 +29,69 @@ class Rule(NamedTuple):
 def solve_with_difference(
     rule: Rule,
     theta: Array,
-    perturbation: Array,
-    relative_step: Array | None = None,
+    perturbed: Array,
+    length: Array | None = None,
     counts: Array | None = None,
 ) -> Array:
-    """States at theta + perturbation, with the difference as their derivative in theta.
+    """States at ``perturbed``, with the difference around it as their derivative in theta.
 
-    With a relative step, that of each datum is this multiple of the length of its theta, whatever
-    the length of its gradient. What ``counts`` gets is no derivative: it is the number of entries
-    that differ, or their share of a datum's, and the number of data, summed over those counted.
+    With a length, that is the step's of each datum, whatever the length of its gradient. What
+    ``counts`` gets is no derivative: it is the number of entries that differ, or their share of a
+    datum's, and the number of data, summed over those counted.
     """
 
     # Defined anew at each call, as a solver need not be hashable.
     @jax.custom_vjp
-    def solve(theta, perturbation, relative_step, counts):  # type: ignore[no-untyped-def]
-        return rule.solver(theta + perturbation)
+    def solve(theta, perturbed, length, counts):  # type: ignore[no-untyped-def]
+        return rule.solver(perturbed)
 
-    def forward(theta, perturbation, relative_step, counts):  # type: ignore[no-untyped-def]
-        states = rule.solver(theta + perturbation)
-        return states, (theta, perturbation, relative_step, counts, states)
+    def forward(theta, perturbed, length, counts):  # type: ignore[no-untyped-def]
+        states = rule.solver(perturbed)
+        return states, (perturbed, length, counts, None if rule.symmetric else states)
 
     def backward(saved, gradient):  # type: ignore[no-untyped-def]
-        theta, perturbation, relative_step, counts, states = saved
-        result, new_counts = _difference(rule, theta, perturbation, relative_step, states, gradient)
+        perturbed, length, counts, states = saved
+        result, new_counts = _difference(rule, perturbed, length, states, gradient)
         return (
             result,
-            jnp.zeros_like(perturbation),
-            jax.tree.map(jnp.zeros_like, relative_step),
+            jnp.zeros_like(perturbed),
+            jax.tree.map(jnp.zeros_like, length),
             None if counts is None else new_counts,
         )
 
     solve.defvjp(forward, backward)
-    return solve(theta, perturbation, relative_step, counts)
+    return solve(theta, jax.lax.stop_gradient(perturbed), length, counts)
 
 
 def _difference(
     rule: Rule,
-    theta: Array,
-    perturbation: Array,
-    relative_step: Array | None,
-    states: Array,
+    perturbed: Array,
+    length: Array | None,
+    states: Array | None,
     gradient: Array,
 ) -> tuple[Array, Array]:
     """The derivative in theta, and the change in how many data."""
     event_dim = rule.solver.event_dim
-    if relative_step is None:
-        displacement, inverse = (
-            rule.step_size * gradient,
-            jnp.asarray(1 / rule.step_size, gradient.dtype),
-        )
+    if length is None:
+        scale = jnp.asarray(rule.step_size, gradient.dtype)
+        inverse = jnp.asarray(1 / rule.step_size, gradient.dtype)
         is_counted = jnp.array(True)
     else:
-        size = _length(gradient, event_dim)
-        length = relative_step * jnp.maximum(_length(theta, event_dim), rule.least_length)
+        size = length_of(gradient, event_dim)
         # A datum without gradient, or a step of no length, makes no difference.
         is_counted = (size > 0) & (length > 0)
         inverse = jnp.where(is_counted, size / jnp.where(is_counted, length, 1.0), 0.0)
         scale = jnp.where(is_counted, length / jnp.where(is_counted, size, 1.0), 0.0)
-        displacement = scale * gradient
     # A solver need not know what to do with nan or inf: they are put back below.
-    displacement = jnp.nan_to_num(displacement, nan=0.0, posinf=0.0, neginf=0.0)
-    perturbed = theta + perturbation
-    below = rule.solver(perturbed - displacement)
-    above = rule.solver(perturbed + displacement) if rule.symmetric else states
+    displacement = jnp.nan_to_num(scale * gradient, nan=0.0, posinf=0.0, neginf=0.0)
+    below = states_of(rule.solver, perturbed - displacement)
+    above = states_of(rule.solver, perturbed + displacement) if states is None else states
     if rule.symmetric:
         inverse = inverse / 2
     result = inverse * (above - below) + 0.0 * gradient
-    change = jnp.sum(_change(rule, above, below, gradient), where=is_counted, dtype=theta.dtype)
-    return result, jnp.stack([change, jnp.sum(is_counted, dtype=theta.dtype)])
+    change = _change(rule, above, below, gradient)
+    change = jnp.sum(change, where=is_counted, dtype=gradient.dtype)
+    return result, jnp.stack([change, jnp.sum(is_counted, dtype=gradient.dtype)])
 
 
 def _change(rule: Rule, above: Array, below: Array, gradient: Array) -> Array:
@@ -123,7 +116,7 @@ def _number(marks: Array, event_dim: int, like: Array) -> Array:
     return jnp.sum(marks, axis=axes, keepdims=True, dtype=like.dtype)
 
 
-def _length(vectors: Array, event_dim: int) -> Array:
+def length_of(vectors: Array, event_dim: int) -> Array:
     """Euclidean length over the event axes, which are kept; no square under- or overflows."""
     if event_dim == 0:
         return jnp.abs(vectors)

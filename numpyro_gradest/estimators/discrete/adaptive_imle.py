@@ -7,10 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_gradest.estimators.discrete._finite_difference import Rule, solve_with_difference
+from numpyro_gradest.estimators.discrete._finite_difference import (
+    Rule,
+    length_of,
+    solve_with_difference,
+)
 from numpyro_gradest.estimators.discrete._validation import check_positive
 from numpyro_gradest.estimators.discrete.noise import Noise
 from numpyro_gradest.estimators.discrete.perturb_and_map import prepare
@@ -169,13 +174,12 @@ class AdaptiveIMLE:
         rule = Rule(
             prepared.solver,
             self.symmetric,
-            least_length=self.temperature,
             is_of_bits=prepared.solver.solve == threshold().solve,
             is_relative=self.relative,
         )
-        return solve_with_difference(
-            rule, prepared.theta, prepared.perturbation, state.relative_step, counts
-        )
+        lengths = length_of(jax.lax.stop_gradient(theta), prepared.solver.event_dim)
+        length = state.relative_step * jnp.maximum(lengths, self.temperature)
+        return solve_with_difference(rule, prepared.theta, prepared.perturbed, length, counts)
 
     def update(self, state: AdaptiveState, counts: Float[Array, "2"]) -> AdaptiveState:
         """The state after a backward pass.

@@ -102,4 +102,4 @@ class IMLE:
         )
         # The gradient of a mean over S draws is a S-th of what arrives for one.
         rule = Rule(prepared.solver, self.symmetric, self.step_size * (num_samples or 1))
-        return solve_with_difference(rule, prepared.theta, prepared.perturbation)
+        return solve_with_difference(rule, prepared.theta, prepared.perturbed)

@@ -44,11 +44,7 @@ class Solver(NamedTuple):
 
     def __call__(self, theta: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
         """The states, detached and checked; a nan in theta stays one."""
-        theta = jax.lax.stop_gradient(theta)
-        states = self.solve(theta)
-        if not self.is_trusted:
-            states = _as_states(states, theta, self.is_binary)
-        return jax.lax.stop_gradient(states + 0.0 * theta)
+        return states_of(self, theta) + 0.0 * jax.lax.stop_gradient(theta)
 
 
 def as_solver(solver: Any, *, caller: str) -> Solver:
@@ -61,6 +57,15 @@ def as_solver(solver: Any, *, caller: str) -> Solver:
             f"the same shape, got {type(solver).__name__}."
         )
     return Solver(solver)
+
+
+def states_of(solver: Solver, theta: Array) -> Array:
+    """The states, detached and checked, whatever they are where theta is nan."""
+    theta = jax.lax.stop_gradient(theta)
+    states = solver.solve(theta)
+    if not solver.is_trusted:
+        states = _as_states(states, theta, solver.is_binary)
+    return jax.lax.stop_gradient(states)
 
 
 def is_same_solver(one: Solver, other: Solver) -> bool:
@@ -252,7 +257,8 @@ def ranking() -> Solver:
 def _top_k(k: int, theta: Array) -> Array:
     _check_size(theta, k)
     _, indices = jax.lax.top_k(theta, k)
-    return jnp.put_along_axis(jnp.zeros_like(theta), indices, 1.0, axis=-1, inplace=False)
+    # Not zeros_like: XLA makes one such array for all calls in a program, and a copy for each.
+    return jnp.put_along_axis(0.0 * theta, indices, 1.0, axis=-1, inplace=False)
 
 
 def _subset_marginals(k: int, theta: Array) -> Array:

@@ -67,7 +67,7 @@ class StraightThrough:
         num_samples: int | None = None,
     ) -> Float[Array, " *samples_batch_event"]:
         """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
-        theta, perturbation, solver = prepare(
+        theta, perturbed, solver = prepare(
             key,
             theta,
             solver,
@@ -77,7 +77,7 @@ class StraightThrough:
             caller="StraightThrough",
         )
         mean = solver.marginals(theta / self.temperature) if solver.marginals else theta
-        return with_gradient_of(solver(theta + perturbation), mean)
+        return with_gradient_of(solver(perturbed), mean)
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,10 @@ class GumbelSoftmaxST:
         num_samples: int | None = None,
     ) -> Float[Array, " *samples_batch_event"]:
         """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
-        theta, perturbation, solver = prepare(
+        _, perturbed, solver = prepare(
             key, theta, solver, self.noise, 1.0, num_samples, caller="GumbelSoftmaxST"
         )
         marginals = _known(solver.marginals, "GumbelSoftmaxST")
-        perturbed = theta + perturbation
         return with_gradient_of(solver(perturbed), marginals(perturbed / self.relaxation))
 
 

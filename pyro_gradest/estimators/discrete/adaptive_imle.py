@@ -11,7 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_gradest.estimators.discrete._finite_difference import Rule, solve_with_difference
+from pyro_gradest.estimators.discrete._finite_difference import (
+    Rule,
+    length_of,
+    solve_with_difference,
+)
 from pyro_gradest.estimators.discrete._validation import check_positive
 from pyro_gradest.estimators.discrete.noise import Noise
 from pyro_gradest.estimators.discrete.perturb_and_map import prepare
@@ -170,13 +174,12 @@ class AdaptiveIMLE:
         rule = Rule(
             prepared.solver,
             self.symmetric,
-            least_length=self.temperature,
             is_of_bits=prepared.solver.solve == threshold().solve,
             is_relative=self.relative,
         )
-        return solve_with_difference(
-            rule, prepared.theta, prepared.perturbation, state.relative_step, counts
-        )
+        lengths = length_of(theta.detach(), prepared.solver.event_dim)
+        length = state.relative_step * lengths.clamp_min(self.temperature)
+        return solve_with_difference(rule, prepared.theta, prepared.perturbed, length, counts)
 
     def update(self, state: AdaptiveState, counts: Float[Tensor, "2"]) -> AdaptiveState:
         """The state after a backward pass.

@@ -50,7 +50,7 @@ class GumbelNoise(Noise):
     def sample_like(
         self, theta: Float[Tensor, " *shape"], *, generator: torch.Generator | None = None
     ) -> Float[Tensor, " *shape"]:
-        return -_exponential_like(theta, generator).log()
+        return _exponential_like(theta, generator).log_().neg_()
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class LogisticNoise(Noise):
         self, theta: Float[Tensor, " *shape"], *, generator: torch.Generator | None = None
     ) -> Float[Tensor, " *shape"]:
         exponentials = _exponential_like(theta, generator), _exponential_like(theta, generator)
-        return exponentials[0].log() - exponentials[1].log()
+        return exponentials[0].log_().sub_(exponentials[1].log_())
 
 
 @dataclass(frozen=True)
@@ -164,5 +164,6 @@ class SumOfGammaNoise(Noise):
 
 def _exponential_like(theta: Tensor, generator: torch.Generator | None) -> Tensor:
     uniform = torch.rand(theta.shape, dtype=theta.dtype, device=theta.device, generator=generator)
-    # Zero is among the values of rand, and would be an infinitely large Gumbel draw.
-    return -torch.log1p(-uniform.clamp_min(torch.finfo(theta.dtype).eps / 4))
+    # Zero is among the values of rand, and would be infinitely large; one is not. In place, for
+    # arrays that stay in the cache.
+    return uniform.clamp_min_(torch.finfo(theta.dtype).eps / 4).log_().neg_()

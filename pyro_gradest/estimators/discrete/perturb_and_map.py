@@ -66,7 +66,7 @@ def perturb_and_map(
     prepared = prepare(
         theta, solver, noise, temperature, num_samples, generator, caller="perturb_and_map"
     )
-    return prepared.solver(prepared.theta + prepared.perturbation)
+    return prepared.solver(prepared.perturbed)
 
 
 class Prepared(NamedTuple):
@@ -74,8 +74,8 @@ class Prepared(NamedTuple):
 
     theta: Tensor
     """Attached, with the axis of the samples."""
-    perturbation: Tensor
-    """Noise times temperature, of the same shape."""
+    perturbed: Tensor
+    """The same, with noise times temperature added."""
     solver: Solver
 
 
@@ -97,5 +97,5 @@ def prepare(
         check_count(num_samples, "num_samples", caller=caller)
         theta = theta.expand(num_samples, *theta.shape)
     law = solver.noise if noise is None else noise
-    perturbation = temperature * law.sample_like(theta.detach(), generator=generator)
-    return Prepared(theta, perturbation, solver)
+    sampled = law.sample_like(theta.detach(), generator=generator)
+    return Prepared(theta, torch.add(theta, sampled, alpha=temperature), solver)

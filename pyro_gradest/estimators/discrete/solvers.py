@@ -1,5 +1,6 @@
 """Solvers: the state z that maximises <z, theta>, for a batch of theta, never differentiated."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +16,9 @@ from pyro_gradest.estimators.discrete._validation import is_false
 from pyro_gradest.estimators.discrete.noise import GumbelNoise, LogisticNoise, Noise
 
 Solve = Callable[[Tensor], Tensor]
+
+# Below, what a few more operations cost at all outweighs what they save.
+_MANY_ENTRIES = 20_000
 
 
 class Solver(NamedTuple):
@@ -42,12 +46,7 @@ class Solver(NamedTuple):
 
     def __call__(self, theta: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
         """The states, detached and checked; a nan in theta stays one."""
-        theta = theta.detach()
-        with torch.no_grad():
-            states = self.solve(theta)
-            if not self.is_trusted:
-                states = _as_states(states, theta, self.is_binary)
-            return states + 0.0 * theta
+        return torch.add(states_of(self, theta), theta.detach(), alpha=0.0)
 
 
 def as_solver(solver: Any, *, caller: str) -> Solver:
@@ -60,6 +59,14 @@ def as_solver(solver: Any, *, caller: str) -> Solver:
             f"the same shape, got {type(solver).__name__}."
         )
     return Solver(solver)
+
+
+def states_of(solver: Solver, theta: Tensor) -> Tensor:
+    """The states, detached and checked, whatever they are where theta is nan."""
+    theta = theta.detach()
+    with torch.no_grad():
+        states = solver.solve(theta)
+        return states if solver.is_trusted else _as_states(states, theta, solver.is_binary)
 
 
 def is_same_solver(one: Solver, other: Solver) -> bool:
@@ -251,8 +258,36 @@ def ranking() -> Solver:
 
 def _top_k(k: int, theta: Tensor) -> Tensor:
     _check_size(theta, k)
-    indices = theta.topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(theta).scatter(-1, indices, 1.0)
+    return _mark(_largest(k, theta), theta)
+
+
+def _mark(indices: Tensor, theta: Tensor) -> Tensor:
+    """Ones at the indices, and zeros, of the shape of ``theta``."""
+    # A single zero is copied faster than an array of them.
+    return theta.new_zeros(()).expand_as(theta).scatter(-1, indices, 1.0)
+
+
+def _largest(k: int, theta: Tensor) -> Tensor:
+    """Indices of the k largest entries, in any order."""
+    num_items = theta.shape[-1]
+    # On a CPU topk takes a time of its own for each entry, save where k is below a 64th of n.
+    is_slow = theta.device.type == "cpu" and 16 * k <= num_items < 64 * k
+    if not is_slow or theta.numel() < _MANY_ENTRIES:
+        return theta.topk(k, dim=-1, sorted=False).indices
+    # The k groups with the largest maxima hold k largest entries: no entry elsewhere exceeds any
+    # of these maxima. Of n entries topk then sees n / size, and k * size.
+    size = math.isqrt(num_items // k)
+    num_groups = num_items // size
+    grouped = theta[..., : size * num_groups].unflatten(-1, (size, num_groups))
+    groups = grouped.amax(dim=-2).topk(k, dim=-1, sorted=False).indices
+    items = torch.arange(num_items, device=theta.device)
+    members = groups.unsqueeze(-2) + items[: size * num_groups : num_groups].unsqueeze(-1)
+    candidates = members.flatten(-2)
+    if num_items > size * num_groups:
+        in_no_group = items[size * num_groups :].expand(*groups.shape[:-1], -1)
+        candidates = torch.cat([candidates, in_no_group], dim=-1)
+    chosen = theta.gather(-1, candidates).topk(k, dim=-1, sorted=False).indices
+    return candidates.gather(-1, chosen)
 
 
 def _subset_marginals(k: int, theta: Tensor) -> Tensor:
@@ -266,8 +301,7 @@ def _draw_subset(k: int, theta: Tensor, generator: torch.Generator | None) -> Te
 
 
 def _argmax(theta: Tensor) -> Tensor:
-    index = theta.argmax(dim=-1, keepdim=True)
-    return torch.zeros_like(theta).scatter(-1, index, 1.0)
+    return _mark(theta.argmax(dim=-1, keepdim=True), theta)
 
 
 def _softmax(theta: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class StraightThrough:
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, " *samples_batch_event"]:
         """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
-        theta, perturbation, solver = prepare(
+        theta, perturbed, solver = prepare(
             theta,
             solver,
             self.noise,
@@ -77,7 +77,7 @@ class StraightThrough:
             caller="StraightThrough",
         )
         mean = solver.marginals(theta / self.temperature) if solver.marginals else theta
-        return with_gradient_of(solver(theta + perturbation), mean)
+        return with_gradient_of(solver(perturbed), mean)
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,10 @@ class GumbelSoftmaxST:
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, " *samples_batch_event"]:
         """Draw states that carry the gradient; arguments as of :meth:`IMLE.sample`."""
-        theta, perturbation, solver = prepare(
+        _, perturbed, solver = prepare(
             theta, solver, self.noise, 1.0, num_samples, generator, caller="GumbelSoftmaxST"
         )
         marginals = _known(solver.marginals, "GumbelSoftmaxST")
-        perturbed = theta + perturbation
         return with_gradient_of(solver(perturbed), marginals(perturbed / self.relaxation))
 
 
