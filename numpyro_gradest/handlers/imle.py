@@ -27,7 +27,8 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
     can carry a gradient, also under ``to_event``, ``mask`` and in plates. At ``KSubset`` sites that
     of ``IMLE`` is a difference of exact draws from the same random numbers, not of the k largest
     entries under noise, which have another law. ``SpanningTree`` sites, whose draws are no maxima
-    under noise either, take ``ReinMax``, ``SIMPLE`` and ``StraightThrough`` alone. For several
+    under noise either, take ``ReinMax``, ``SIMPLE`` and ``StraightThrough`` alone. Sites within the
+    host's ``scan`` and ``cond`` carry a gradient too, but not that of ``AdaptiveIMLE``. For several
     draws use the objective's ``num_particles``. The mean over particles, scales and subsampled
     plates multiply the gradient that arrives at a site, and with it the step of ``IMLE``, but not
     that of ``AdaptiveIMLE``, whose state is the parameter ``"<site>_imle"`` in the state of

@@ -7,9 +7,10 @@ their gradient there says how they differ between states.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ import numpyro
 from jaxtyping import Array
 from numpyro import distributions as dist
 from numpyro.distributions import kl_divergence
-from numpyro.primitives import Messenger
+from numpyro.handlers import block, trace
+from numpyro.primitives import _PYRO_STACK, Messenger
 
 from numpyro_gradest.distributions import (
     KSubset,
@@ -101,11 +103,12 @@ def _kl_of_bits(p: Any, q: Any) -> Array:
     return p.probs * log_odds - jax.nn.softplus(p.logits) + jax.nn.softplus(q.logits)
 
 
-class Carried(NamedTuple):
+@dataclass(frozen=True)
+class Carried:
     """What a site carries the gradient of."""
 
     estimator: Estimator
-    fn: Any
+    fn: Any = field(compare=False)  # both branches of cond have to say the same
     """The distribution that it has without."""
 
 
@@ -122,6 +125,7 @@ class DiscreteSites(Messenger):
         self._choose = None if config is None else as_choice(config)
         self._named = set(config) if isinstance(config, Mapping) else set()
         self._met: list[str] = []
+        self._met_within: set[str] = set()
         self._is_idle = self._is_needed = config is None and not may_be_idle
 
     def __enter__(self) -> None:
@@ -144,23 +148,54 @@ class DiscreteSites(Messenger):
             )
 
     def process_message(self, msg: Site) -> None:
+        if msg["type"] == "control_flow":
+            # A handler sees the sites of scan and cond only when these have run; what is
+            # substituted there sees them before.
+            msg["kwargs"]["substitute_stack"].append(("substitute", self._let_carry_within))
         if msg["type"] != "sample":
             return
         name = msg["name"]
         self._met.append(name)
-        estimator = self._choose(name) if self._choose else _as_it_says(msg)
-        if estimator is None or (self._is_for_all and not _may_be_chosen(msg)):
+        if (estimator := self._chosen(msg)) is None:
             return
         _check_site(name, msg)
         self._is_idle = False
-        original = msg[CARRIED].fn if CARRIED in msg else msg["fn"]
-        msg[CARRIED] = Carried(estimator, original)
-        msg["fn"] = _with_gradient(msg["fn"], name, estimator, _draw_of)
+        if not msg.get("_control_flow_done"):
+            _let_carry(msg, estimator)
+        elif name not in self._met_within and not carries_gradient(msg["fn"]):
+            raise ValueError(
+                f"Site {name!r} was drawn within scan or cond under another name, so that imle "
+                "came too late to give it a gradient. Put imle within handlers.scope, or "
+                "`with imle(...)` inside the step."
+            )
+        elif carries_gradient(msg["fn"]):
+            msg[CARRIED] = Carried(estimator, msg["fn"])  # what was there is of one step
+
+    def _let_carry_within(self, site: Site) -> None:
+        """Of a site of scan or cond, while it runs."""
+        if site["type"] == "sample" and (estimator := self._chosen(site)) is not None:
+            self._met_within.add(site["name"])
+            _check_site(site["name"], site)
+            if isinstance(estimator, AdaptiveIMLE):
+                raise ValueError(_no_state(site["name"], estimator))
+            _let_carry(site, estimator)
+
+    def _chosen(self, msg: Site) -> Estimator | None:
+        estimator = self._choose(msg["name"]) if self._choose else _as_it_says(msg)
+        return None if self._is_for_all and not _may_be_chosen(msg) else estimator
+
+
+def _let_carry(msg: Site, estimator: Estimator) -> None:
+    original = msg[CARRIED].fn if CARRIED in msg else msg["fn"]
+    msg[CARRIED] = Carried(estimator, original)
+    msg["fn"] = _with_gradient(msg["fn"], msg["name"], estimator, _draw_of)
 
 
 def _draw_of(name: str, estimator: Estimator, solver: Solver) -> Draw:
     if not isinstance(estimator, AdaptiveIMLE):
         return lambda key, theta: estimator.sample(key, theta, solver)
+    if _is_in_control_flow():
+        raise ValueError(_no_state(name, estimator))
 
     def draw(key: Array, theta: Array) -> Array:
         first = jnp.stack([*estimator.init(theta), *jnp.zeros((2,), theta.dtype)])
@@ -170,6 +205,19 @@ def _draw_of(name: str, estimator: Estimator, solver: Solver) -> Draw:
         return estimator.sample(key, theta, solver, state=AdaptiveState(*held), counts=state[3:])
 
     return draw
+
+
+def _no_state(name: str, estimator: Estimator) -> str:
+    return (
+        f"Site {name!r} is drawn within scan or cond, where the host keeps no parameter and so no "
+        f"state of AdaptiveIMLE, got {estimator}. Take IMLE(step_size=...) there."
+    )
+
+
+def _is_in_control_flow() -> bool:
+    """Whether the host runs the step of scan or a branch of cond, as it does under these two."""
+    kinds = [type(handler) for handler in _PYRO_STACK if handler.fn is None]
+    return (block, trace) in pairwise(kinds)
 
 
 def update_state(estimator: AdaptiveIMLE, state: Array, gradient: Array) -> Array:

@@ -302,7 +302,7 @@ class ChooseAnew(Messenger):
     def _reset(self, site: Site) -> None:
         if site["type"] == "sample" and site["name"] in self._choices:
             site["infer"] = {**site["infer"], ESTIMATOR: self._choices[site["name"]]}
-            if CARRIED in site:
+            if CARRIED in site and not site.get("_control_flow_done"):
                 site["fn"] = site.pop(CARRIED).fn
 
 

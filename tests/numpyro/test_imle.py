@@ -9,6 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
+from numpyro.contrib.control_flow import cond, scan
 from numpyro.distributions import kl_divergence
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
@@ -674,3 +675,94 @@ def test_refusals_at_trees(estimator):
     program = imle(lambda: numpyro.sample("z", SpanningTree(jnp.zeros((3, 3)))), {"z": estimator})
     with pytest.raises(ValueError, match=r"without noise .* PerturbAndMAP\(logits / 2, spanning"):
         numpyro.handlers.seed(program, 0)()
+
+
+# --- within scan and cond ------------------------------------------------------------------------
+
+
+LIKELY = jnp.array([3.0, -3.0])
+STEP = IMLE(step_size=0.2)
+
+
+def draw(logit, estimator=None):
+    if estimator is None:
+        return numpyro.sample("z", dist.Bernoulli(logits=logit))
+    with imle(config={"z": estimator}):
+        return numpyro.sample("z", dist.Bernoulli(logits=logit))
+
+
+def bits_of_plate(estimator=None):
+    with numpyro.plate("data", 2):
+        draw(numpyro.param("logit", jnp.zeros(2)), estimator)
+
+
+def bits_of_scan(estimator=None):
+    scan(lambda _, logit: (0.0, draw(logit, estimator)), 0.0, numpyro.param("logit", jnp.zeros(2)))
+
+
+def bits_of_plate_model():
+    with numpyro.plate("data", 2):
+        numpyro.sample("x", dist.Normal(3.0 * draw(0.0), 1.0), obs=LIKELY)
+
+
+def bits_of_scan_model():
+    def step(_, x):
+        return 0.0, numpyro.sample("x", dist.Normal(3.0 * draw(0.0), 1.0), obs=x)
+
+    scan(step, 0.0, LIKELY)
+
+
+def bit(estimator=None):
+    logit = numpyro.param("logit", jnp.zeros(2)).sum()
+    cond(logit < 1, lambda _: draw(logit, estimator), lambda _: draw(2 * logit, estimator), None)
+
+
+def bit_model():
+    numpyro.sample("x", dist.Normal(3.0 * draw(0.0), 1.0), obs=3.0)
+
+
+def mean_gradient(model, guide, number=600):
+    def loss(logit, key):
+        return Trace_ELBO().loss(key, {"logit": logit}, model, guide)
+
+    at = jax.vmap(jax.grad(loss), (None, 0))
+    return quickly(lambda: at(jnp.full(2, 0.1), jax.random.split(KEY, number)).mean(axis=0))()
+
+
+def test_sites_of_scan_carry_the_gradient():
+    desired = mean_gradient(bits_of_plate_model, imle(bits_of_plate, {"z": STEP}), number=4000)
+    assert (jnp.abs(desired) > 0.5).all()
+    around, within = imle(bits_of_scan, {"z": STEP}), partial(bits_of_scan, STEP)
+    actual = mean_gradient(bits_of_scan_model, around, number=4000)
+    np.testing.assert_allclose(actual, desired, atol=0.15)
+    for other in (within, imle(bits_of_scan, STEP), imle(within, STEP)):
+        same = mean_gradient(bits_of_scan_model, other, number=4000)
+        np.testing.assert_allclose(same, actual, rtol=1e-5)
+
+
+def test_sites_of_cond_carry_the_gradient():
+    around = mean_gradient(bit_model, imle(bit, {"z": STEP}))
+    assert (jnp.abs(around) > 0.5).all()
+    within = mean_gradient(bit_model, partial(bit, STEP))
+    np.testing.assert_allclose(within, around, rtol=1e-5)
+
+
+def test_what_scan_can_not_keep_is_refused():
+    adaptive = AdaptiveIMLE()
+    for guide in (imle(bits_of_scan, {"z": adaptive}), partial(bit, adaptive)):
+        with pytest.raises(ValueError, match=r"'z' is drawn within scan or cond.*IMLE"):
+            numpyro.handlers.seed(guide, 0)()
+    scoped = imle(numpyro.handlers.scope(bits_of_scan, "a"), {"a/z": STEP})
+    with pytest.raises(ValueError, match=r"'a/z' was drawn.*imle within handlers.scope"):
+        numpyro.handlers.seed(scoped, 0)()
+
+
+def test_values_that_are_given_need_no_gradient():
+    """As in a model replayed by a guide."""
+    given = numpyro.handlers.trace(numpyro.handlers.seed(bits_of_scan, 0)).get_trace()
+    replayed = numpyro.handlers.replay(imle(bits_of_scan_model, {"z": STEP}), trace=given)
+    ran = numpyro.handlers.trace(numpyro.handlers.seed(replayed, 1)).get_trace()
+    np.testing.assert_array_equal(ran["z"]["value"], given["z"]["value"])
+    fixed = numpyro.handlers.substitute(imle(bits_of_scan, {"z": STEP}), {"z": jnp.ones(2)})
+    ran = numpyro.handlers.trace(numpyro.handlers.seed(fixed, 1)).get_trace()
+    np.testing.assert_array_equal(ran["z"]["value"], 1.0)
