@@ -1,8 +1,9 @@
 """Gradients through discrete sites, for any loss that differentiates through values."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from numpyro_gradest.estimators import AdaptiveIMLE
@@ -10,9 +11,19 @@ from numpyro_gradest.infer._discrete_sites import (
     ESTIMATORS,
     DiscreteSites,
     as_choice,
+    is_moved,
     state_name,
     update_state,
 )
+
+
+class AdaptIMLEState(NamedTuple):
+    """What the optimizer of :func:`adapt_imle` keeps."""
+
+    inner: Any
+    """The state of the optimizer that it was given."""
+    held: dict[str, Array]
+    """The states of ``AdaptiveIMLE``, by parameter, as they have to be found."""
 
 
 def imle(fn: Callable | None = None, config: Any = None) -> Any:
@@ -84,7 +95,10 @@ def adapt_imle(optimizer: Any, config: Any) -> Any:
 
     The state is a parameter, so that it is saved and restored with the state of ``SVI`` and works
     under ``jit``, ``scan`` and any number of particles; what arrives as its gradient are the
-    counts of non-zero entries. All other parameters go to ``optimizer``.
+    counts of non-zero entries. All other parameters go to ``optimizer``, and so what transforms
+    gradients or updates belongs there: ``adapt_imle(optax.chain(optax.clip(1.0), optax.adam(1e-3)),
+    config)``. Around ``adapt_imle`` clipping does no harm; a transformation that would change the
+    state of a site makes the next draw there raise an error.
 
     Args:
         optimizer: An optax optimizer for the other parameters.
@@ -129,17 +143,20 @@ def adapt_imle(optimizer: Any, config: Any) -> Any:
     def others(tree: dict[str, Any]) -> dict[str, Any]:
         return {name: leaf for name, leaf in tree.items() if estimator_of(name) is None}
 
-    def init(params: dict[str, Any]) -> Any:
-        return optimizer.init(others(params))
+    def init(params: dict[str, Any]) -> AdaptIMLEState:
+        held = {name: leaf for name, leaf in params.items() if estimator_of(name) is not None}
+        return AdaptIMLEState(optimizer.init(others(params)), held)
 
     def update(
-        gradients: dict[str, Any], state: Any, params: dict[str, Any], **extra: Any
-    ) -> tuple[dict[str, Array], Any]:
-        updates, state = optimizer.update(others(gradients), state, others(params), **extra)
-        updates = dict(updates)
-        for name, gradient in gradients.items():
-            if (estimator := estimator_of(name)) is not None:
-                updates[name] = update_state(estimator, params[name], gradient) - params[name]
-        return updates, state
+        gradients: dict[str, Any], state: AdaptIMLEState, params: dict[str, Any], **extra: Any
+    ) -> tuple[dict[str, Array], AdaptIMLEState]:
+        updates, inner = optimizer.update(others(gradients), state.inner, others(params), **extra)
+        updates, held = dict(updates), {}
+        for name, known in state.held.items():
+            new = update_state(estimator_of(name), known, gradients[name])
+            # The next draw is refused; no state but this one's own counts.
+            held[name] = jnp.where(is_moved(known, params[name]), new.at[3:].set(1.0), new)
+            updates[name] = held[name] - params[name]
+        return updates, AdaptIMLEState(inner, held)
 
     return optimizer._replace(init=init, update=update)

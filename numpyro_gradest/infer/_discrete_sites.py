@@ -198,13 +198,23 @@ def _draw_of(name: str, estimator: Estimator, solver: Solver) -> Draw:
         raise ValueError(_no_state(name, estimator))
 
     def draw(key: Array, theta: Array) -> Array:
-        first = jnp.stack([*estimator.init(theta), *jnp.zeros((2,), theta.dtype)])
-        state = numpyro.param(state_name(name), first)
+        first = jnp.stack([*estimator.init(theta), *jnp.zeros((3,), theta.dtype)])
+        state = numpyro.param(state_name(name), first.astype(_state_dtype(theta)))
         # Added to what the gradient is made of, so that compilation can't leave the check out.
-        held = jax.lax.stop_gradient(state[:3]) + _check_optimizer(state[3:])
-        return estimator.sample(key, theta, solver, state=AdaptiveState(*held), counts=state[3:])
+        held = jax.lax.stop_gradient(state[:3]) + _check_optimizer(name, state[3:])
+        counts = _COUNT * (state[3:5] + jnp.array([0.0, 2.0], state.dtype) * state[5])
+        given = AdaptiveState(*held.astype(theta.dtype))
+        return estimator.sample(key, theta, solver, state=given, counts=counts.astype(theta.dtype))
 
     return draw
+
+
+_COUNT = 2.0**-30
+"""What arrives for one datum: so little that no clipping meets it, nor the norm that it goes by."""
+
+
+def _state_dtype(theta: Array) -> Any:
+    return jnp.promote_types(theta.dtype, jnp.float32)
 
 
 def _no_state(name: str, estimator: Estimator) -> str:
@@ -221,29 +231,47 @@ def _is_in_control_flow() -> bool:
 
 
 def update_state(estimator: AdaptiveIMLE, state: Array, gradient: Array) -> Array:
-    """The parameter that holds the state after a step with this gradient."""
-    new = estimator.update(AdaptiveState(*state[:3]), gradient[3:])
-    return jnp.concatenate([jnp.stack(new), jnp.zeros_like(state[3:])])
+    """The parameter that holds the state after a step with this gradient.
+
+    Where its last entries are not zero, the next draw is refused. They are the places of what is
+    counted: of the change, of the data and, twice the same, of the data once more.
+    """
+    change, data, twice = gradient[3:]
+    is_right = (change >= 0) & (data >= 0) & (jnp.abs(twice - 2 * data) <= 1e-3 * data)
+    # Whatever multiplies the whole gradient leaves the mean over data as it is.
+    per_datum = change / jnp.where(data > 0, data, 1.0)
+    counts = jnp.stack([per_datum, jnp.ones_like(data)]) * (data > 0)
+    new = jnp.stack(estimator.update(AdaptiveState(*state[:3]), counts))
+    marks = jnp.where(is_right, 0.0, jnp.ones_like(gradient[3:]))
+    return jnp.concatenate([new, marks])
 
 
-def _check_optimizer(counts: Array) -> Array:
-    """Zero; an error where the place of the counts is no longer zero."""
-    counts = jax.lax.stop_gradient(counts)
-    shape = jax.ShapeDtypeStruct((), counts.dtype)
-    refuse = partial(jax.pure_callback, _refuse_other_optimizer, vmap_method="sequential")
+def is_moved(expected: Array, actual: Array) -> Array:
+    """Whether a state has become another, beyond rounding and a weight decay of no effect."""
+    return ~jnp.all(jnp.abs(actual - expected) <= 1e-3 * jnp.abs(expected) + 1e-6)
+
+
+def _check_optimizer(name: str, marks: Array) -> Array:
+    """Zero; an error where one of these entries of the state is no longer zero."""
+    marks = jax.lax.stop_gradient(marks)
+    shape = jax.ShapeDtypeStruct((), marks.dtype)
+    on_host = partial(_refuse_optimizer, name)
+    refuse = partial(jax.pure_callback, on_host, vmap_method="sequential")
     # The host is called only where something is wrong.
     return jax.lax.cond(
-        jnp.any(counts != 0), lambda: refuse(shape, counts), lambda: jnp.zeros((), counts.dtype)
+        jnp.any(marks != 0), lambda: refuse(shape, marks), lambda: jnp.zeros((), marks.dtype)
     )
 
 
-def _refuse_other_optimizer(counts: Any) -> np.ndarray:
-    if np.any(np.asarray(counts) != 0):
+def _refuse_optimizer(name: str, marks: Any) -> np.ndarray:
+    if np.any(np.asarray(marks) != 0):
         raise ValueError(
-            "The optimizer moved the state of AdaptiveIMLE as if it were a parameter. Pass SVI "
-            "adapt_imle(optimizer, config) with an optax optimizer and the config of imle."
+            f"The optimizer moved the state of AdaptiveIMLE at site {name!r} as if it were a "
+            "parameter. Pass SVI adapt_imle(optimizer, config) with an optax optimizer and the "
+            "config of imle, and put what else changes gradients or updates inside, as in "
+            "adapt_imle(optax.chain(optax.clip(1.0), optax.adam(1e-3)), config)."
         )
-    return np.zeros((), counts.dtype)
+    return np.zeros((), marks.dtype)
 
 
 def _as_it_says(msg: Site) -> Estimator | None:

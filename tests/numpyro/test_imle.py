@@ -230,7 +230,7 @@ def test_state_follows_the_rule_whatever_the_optimizer():
     optimizer = adapt_imle(optax.chain(optax.clip(1e-6), optax.sgd(0.0)), config)
     svi = SVI(noisy_model, imle(noisy_guide, config), optimizer, Trace_ELBO(4))
     first = svi.init(KEY)
-    start = [4.0, estimator.target, 0.0, 0.0, 0.0]
+    start = [4.0, estimator.target, 0.0, 0.0, 0.0, 0.0]
     np.testing.assert_allclose(svi.get_params(first)["z_imle"], start)
     update_state = quickly(svi.update)
     state, _ = update_state(first)
@@ -254,6 +254,37 @@ def test_an_optimizer_that_knows_nothing_of_the_state_is_refused():
         svi.run(KEY, 3, progress_bar=False)
     with pytest.raises(TypeError, match="optax optimizer"):
         adapt_imle(numpyro.optim.Adam(0.1), CONFIG)
+
+
+def test_clipping_around_is_as_clipping_inside():
+    """Neither the counts nor what the norm is made of are changed by it."""
+
+    def params_of(optimizer):
+        loss = Trace_ELBO(4)
+        return trained(SVI(noisy_model, imle(noisy_guide, CONFIG), optimizer, loss), 10)
+
+    for clip in (optax.clip(0.02), optax.clip_by_global_norm(0.02)):
+        inside = params_of(adapt_imle(optax.chain(clip, optax.sgd(0.1)), CONFIG))
+        around = params_of(optax.chain(clip, adapt_imle(optax.sgd(0.1), CONFIG)))
+        assert (inside["logits"] != 0).any()
+        for name in inside:
+            np.testing.assert_allclose(around[name], inside[name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda inner: optax.chain(inner, optax.add_decayed_weights(-0.01)),
+        lambda inner: optax.chain(optax.scale_by_adam(), inner),
+        lambda inner: optax.chain(optax.clip(1e-9), inner),
+    ],
+    ids=["decay", "adam", "clip"],
+)
+def test_what_would_change_the_state_is_refused(around):
+    optimizer = around(adapt_imle(optax.sgd(0.1), CONFIG))
+    svi = SVI(noisy_model, imle(noisy_guide, CONFIG), optimizer, Trace_ELBO(4))
+    with pytest.raises(Exception, match=r"site 'z'[^$]*inside[^$]*optax.chain"):
+        jax.block_until_ready(trained(svi, 4))
 
 
 def test_decorator_context_manager_and_function():
