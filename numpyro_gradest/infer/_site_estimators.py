@@ -142,6 +142,18 @@ class SiteEstimators:
                 "as IWAE."
             )
 
+    def _check_uses_path(self, site: Site) -> None:
+        """Refuse a gradient that imle lets a site carry, but that the loss would not use."""
+        if self.allowed is None or (self.default != "score" and "pathwise" in self.allowed):
+            return
+        options = ', reparam="score"' if "pathwise" in self.allowed else ""
+        raise ValueError(
+            f"Guide site {site['name']!r} carries a gradient by imle, which "
+            f"{self.loss}(...{options}) does not use: none passes through values there. Take "
+            "IWAE, ImplicitELBO, or the host's Trace_ELBO or TraceMeanField_ELBO; or leave the "
+            "site without imle."
+        )
+
     def _check_signal(self, name: str, signal: Any) -> None:
         function, options = unwrapped(signal)
         words = getattr(function, "__name__", repr(function))
@@ -169,6 +181,8 @@ class SiteEstimators:
     def note(self, site: Site) -> str | None:
         """Remember what a site has; the key of its learning signal, if it has one of its own."""
         estimator = self.at(site)
+        if carries_gradient(site["fn"]) and own_estimator(site) is None:
+            self._check_uses_path(site)
         if estimator is None or isinstance(estimator, str):
             self.met.update([estimator] if estimator else [])
             return None

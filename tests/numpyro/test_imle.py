@@ -16,7 +16,9 @@ from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro_gradest import (
     IMLE,
     IWAE,
+    RLOO,
     SIMPLE,
+    TVO,
     AdaptiveIMLE,
     GumbelSoftmaxST,
     KSubset,
@@ -24,6 +26,7 @@ from numpyro_gradest import (
     PerturbAndMAP,
     PlackettLuceSubset,
     ReinMax,
+    ReweightedWakeSleep,
     SpanningTree,
     StraightThrough,
     adapt_imle,
@@ -339,6 +342,22 @@ def test_refusals(fn, options, estimator, message):
     program = imle(lambda: numpyro.sample("z", fn(), **options), {"z": estimator})
     with pytest.raises(ValueError, match=message):
         numpyro.handlers.seed(program, 0)()
+
+
+@pytest.mark.parametrize(
+    ("loss", "named"),
+    [
+        (TVO(3), "TVO"),
+        (ReweightedWakeSleep(3), "ReweightedWakeSleep"),
+        (ReweightedWakeSleep(3, reparam="dreg"), "ReweightedWakeSleep"),
+        (IWAE(3, reparam="score"), 'IWAE.*reparam="score"'),
+        (RLOO(3, reparam="score"), 'RLOO.*reparam="score"'),
+    ],
+)
+def test_losses_that_would_not_use_the_gradient_refuse_it(loss, named):
+    guide, params = imle(noisy_guide, {"z": IMLE()}), {"logits": jnp.zeros((2, 3))}
+    with pytest.raises(ValueError, match=f"'z' carries a gradient.*{named}.*IWAE, ImplicitELBO"):
+        loss.loss(KEY, params, noisy_model, guide)
 
 
 def test_wrong_config():
