@@ -45,6 +45,7 @@ from numpyro_gradest.estimators import (
     threshold,
 )
 from numpyro_gradest.estimators.discrete._subset_sampler import SplitNoise, of_items, subset_sampler
+from numpyro_gradest.estimators.discrete.solvers import called_at, with_place
 from numpyro_gradest.infer._sites import Site, own_estimator
 
 Estimator = IMLE | AdaptiveIMLE | StraightThrough | GumbelSoftmaxST | ReinMax | SIMPLE
@@ -192,11 +193,14 @@ def _let_carry(msg: Site, estimator: Estimator) -> None:
 
 
 def _draw_of(name: str, estimator: Estimator, solver: Solver) -> Draw:
+    place = f"At site {name!r}, under imle."
+    solver = with_place(solver, place)
     if not isinstance(estimator, AdaptiveIMLE):
-        return lambda key, theta: estimator.sample(key, theta, solver)
+        return called_at(place)(lambda key, theta: estimator.sample(key, theta, solver))
     if _is_in_control_flow():
         raise ValueError(_no_state(name, estimator))
 
+    @called_at(place)
     def draw(key: Array, theta: Array) -> Array:
         first = jnp.stack([*estimator.init(theta), *jnp.zeros((3,), theta.dtype)])
         state = numpyro.param(state_name(name), first.astype(_state_dtype(theta)))

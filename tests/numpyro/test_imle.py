@@ -32,7 +32,14 @@ from numpyro_gradest import (
     adapt_imle,
     imle,
 )
-from numpyro_gradest.estimators import GaussianNoise, GumbelNoise, LogisticNoise, Noise, top_k
+from numpyro_gradest.estimators import (
+    GaussianNoise,
+    GumbelNoise,
+    LogisticNoise,
+    Noise,
+    numpy_solver,
+    top_k,
+)
 from numpyro_gradest.estimators.discrete import trees
 from numpyro_gradest.estimators.discrete._subset_sampler import SplitNoise
 from tests.conformance.backends import QUICK_TO_COMPILE
@@ -439,6 +446,49 @@ def test_any_solver_trains_with_the_bound(estimator):
     optimizer = adapt_imle(optax.adam(0.1), config)
     svi = SVI(subset_model, imle(subset_guide, config), optimizer, TraceMeanField_ELBO(4))
     assert ((trained(svi, 60)["theta"] > 0.2) == (DATA > 1)).all()
+
+
+def exploding(theta):
+    raise RuntimeError("exploded")
+
+
+def halves(theta):
+    return 0.0 * theta + 0.5
+
+
+def gradient_at_site(solver, theta):
+    def value(theta):
+        program = imle(lambda: numpyro.sample("s", PerturbAndMAP(theta, solver)), {"s": IMLE()})
+        return jnp.sum(numpyro.handlers.seed(program, 0)() ** 2)
+
+    return jax.grad(value)(theta)
+
+
+@pytest.mark.parametrize("solve", [exploding, halves, lambda theta: theta[:1]])
+def test_errors_of_solvers_name_the_site(solve):
+    calls = []
+
+    def later(theta):
+        calls.append(theta)
+        return theta == theta.max() if len(calls) == 1 else solve(theta)
+
+    theta = jnp.array([0.0, 1.0, 2.0])
+    for solver in (solve, later):  # forwards, and backwards
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            gradient_at_site(solver, theta)
+        assert "At site 's', under imle." in caught.value.__notes__
+        calls.clear()
+    for solver in (solve, later):
+        compiled = quickly(partial(gradient_at_site, numpy_solver(solver)))
+        with pytest.raises(Exception, match="At site 's', under imle"):
+            jax.block_until_ready(compiled(theta))
+        calls.clear()
+
+
+def test_errors_of_theta_name_the_site():
+    with pytest.raises(ValueError, match="finite theta") as caught:
+        gradient_at_site(top_k(1), jnp.array([0.0, jnp.nan, 1.0]))
+    assert "At site 's', under imle." in caught.value.__notes__
 
 
 def test_sites_without_a_density_are_refused_elsewhere():

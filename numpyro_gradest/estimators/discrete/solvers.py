@@ -2,7 +2,10 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,10 +65,46 @@ def as_solver(solver: Any, *, caller: str) -> Solver:
 def states_of(solver: Solver, theta: Array) -> Array:
     """The states, detached and checked, whatever they are where theta is nan."""
     theta = jax.lax.stop_gradient(theta)
-    states = solver.solve(theta)
-    if not solver.is_trusted:
-        states = _as_states(states, theta, solver.is_binary)
+    words = solver.solve.place if isinstance(solver.solve, _SolveAt) else _PLACE.get()
+    with called_at(words):
+        states = solver.solve(theta)
+        if not solver.is_trusted:
+            states = _as_states(states, theta, solver.is_binary)
     return jax.lax.stop_gradient(states)
+
+
+_PLACE: ContextVar[str] = ContextVar("place", default="")
+
+
+@contextmanager
+def called_at(place: str) -> Iterator[None]:
+    """Errors within say where they arose, also those that compiled code raises later."""
+    token = _PLACE.set(place)
+    try:
+        yield
+    except Exception as error:
+        if place and place not in getattr(error, "__notes__", ()):
+            error.add_note(place)
+        raise
+    finally:
+        _PLACE.reset(token)
+
+
+@dataclass(frozen=True)
+class _SolveAt:
+    solve: Solve
+    place: str
+
+    def __call__(self, theta: Array) -> Array:
+        return self.solve(theta)
+
+
+def with_place(solver: Solver, place: str) -> Solver:
+    """The solver, whose errors say where it was called for, in the backward pass as well."""
+    calls_others = getattr(solver.solve, "func", None) is _call_host
+    if solver.is_trusted and not calls_others:
+        return solver  # raises nothing, and is known by its function
+    return solver._replace(solve=_SolveAt(solver.solve, place))
 
 
 def is_same_solver(one: Solver, other: Solver) -> bool:
@@ -298,9 +337,19 @@ def _ranks(theta: Array) -> Array:
 def _call_host(on_host: Callable, theta: Array) -> Array:
     if _num_threads() == 1:
         warnings.warn(_MAY_WAIT_FOREVER, stacklevel=2)
+    if place := _PLACE.get():
+        on_host = partial(_call_at, place, on_host)
     result = jax.ShapeDtypeStruct(theta.shape, theta.dtype)
     # Mapped axes come in front, where the function takes any number of them.
     return jax.pure_callback(on_host, result, theta, vmap_method="expand_dims")
+
+
+def _call_at(place: str, on_host: Callable, theta: Any) -> np.ndarray:
+    try:
+        return on_host(theta)
+    except Exception as error:
+        # A note would be lost: JAX raises an error of its own, made of the message.
+        raise RuntimeError(f"{type(error).__name__}: {error} {place}") from error
 
 
 def _num_threads() -> int:
