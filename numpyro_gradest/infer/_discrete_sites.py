@@ -46,7 +46,7 @@ from numpyro_gradest.estimators import (
 )
 from numpyro_gradest.estimators.discrete._subset_sampler import SplitNoise, of_items, subset_sampler
 from numpyro_gradest.estimators.discrete.solvers import called_at, with_place
-from numpyro_gradest.infer._sites import Site, own_estimator
+from numpyro_gradest.infer._sites import Site, is_deterministic, own_estimator
 
 Estimator = IMLE | AdaptiveIMLE | StraightThrough | GumbelSoftmaxST | ReinMax | SIMPLE
 CARRIED = "carried"
@@ -299,25 +299,35 @@ def as_choice(config: Any) -> Callable[[str], Estimator | None]:
         return lambda name: config
     if isinstance(config, Mapping):
         for name, estimator in config.items():
-            if not isinstance(estimator, ESTIMATORS):
-                raise TypeError(
-                    f"imle needs an estimator for site {name!r}, such as IMLE() or AdaptiveIMLE(), "
-                    f"got {estimator!r}."
-                )
+            _check_estimator(name, estimator)
         return config.get
-    if callable(config):
-        return config
+    if callable(config) and not isinstance(config, type):
+        return partial(_checked_choice, config)
     raise TypeError(
         "imle needs estimators by site name, such as {'z': IMLE()}, one estimator for all discrete "
         f"sites, a function from names to estimators, or nothing, got {config!r}."
     )
 
 
+def _checked_choice(choose: Callable[[str], Any], name: str) -> Estimator | None:
+    if (estimator := choose(name)) is not None:
+        _check_estimator(name, estimator)
+    return estimator
+
+
+def _check_estimator(name: str, estimator: Any) -> None:
+    if not isinstance(estimator, ESTIMATORS):
+        raise TypeError(
+            f"imle needs an estimator for site {name!r}, such as IMLE() or AdaptiveIMLE() (an "
+            f"instance, not the class), or None from a function of names, got {estimator!r}."
+        )
+
+
 def _may_be_chosen(msg: Site) -> bool:
     """Whether a site is meant by an estimator that is given for all."""
-    fn = _base(msg["fn"])
-    is_discrete = isinstance(fn, (*_INTEGERS, PerturbAndMAP, FromLogits)) or _kind(fn)
-    return bool(is_discrete) and not msg["is_observed"]
+    fn = msg["fn"]
+    is_discrete = isinstance(_base(fn), PerturbAndMAP) or fn.is_discrete
+    return bool(is_discrete) and not msg["is_observed"] and not is_deterministic(msg)
 
 
 def _check_site(name: str, msg: Site) -> None:
@@ -445,6 +455,13 @@ def _unsupported(name: str, fn: Any) -> str:
             "draws exactly. Sample PerturbAndMAP with a solver in model and guide, under "
             "TraceMeanField_ELBO, or, for subsets, KSubset; or leave it out and pass SVI a loss "
             "that takes the score function, such as RLOO."
+        )
+    if fn.is_discrete:
+        return (
+            f"Site {name!r} draws from {type(fn).__name__}, which is discrete, but its states are "
+            "integers, through which no gradient passes. Sample a one-hot, Bernoulli or KSubset "
+            "site instead in model and guide; or leave it out and pass SVI a loss that takes the "
+            "score function, such as RLOO, VIMCO or OVIS."
         )
     return (
         "imle is for Bernoulli, OneHotCategorical, KSubset, SpanningTree and PerturbAndMAP sites, "

@@ -142,16 +142,21 @@ class SiteEstimators:
                 "as IWAE."
             )
 
-    def _check_uses_path(self, site: Site) -> None:
-        """Refuse a gradient that imle lets a site carry, but that the loss would not use."""
-        if self.allowed is None or (self.default != "score" and "pathwise" in self.allowed):
+    def check_carried(self, site: Site) -> None:
+        """Refuse a site whose gradient, by ``imle``, the loss would not look at."""
+        if self.allowed is None or not carries_gradient(site["fn"]) or site["is_observed"]:
             return
-        options = ', reparam="score"' if "pathwise" in self.allowed else ""
+        if "pathwise" not in self.allowed:
+            words = f"gives its sites {_words(self.allowed)} alone"
+        elif self.at(site) == "score" and own_estimator(site) is None:
+            words = 'takes the score function at all sites with reparam="score"'
+        else:
+            return
         raise ValueError(
-            f"Guide site {site['name']!r} carries a gradient by imle, which "
-            f"{self.loss}(...{options}) does not use: none passes through values there. Take "
-            "IWAE, ImplicitELBO, or the host's Trace_ELBO or TraceMeanField_ELBO; or leave the "
-            "site without imle."
+            f"Guide site {site['name']!r} carries a gradient by {site[CARRIED].estimator!r}, under "
+            f"imle, but {self.loss} {words}, so that it would count for nothing. Use IWAE, "
+            "ImplicitELBO, or the host's Trace_ELBO or TraceMeanField_ELBO; or leave the site out "
+            "of imle."
         )
 
     def _check_signal(self, name: str, signal: Any) -> None:
@@ -181,8 +186,7 @@ class SiteEstimators:
     def note(self, site: Site) -> str | None:
         """Remember what a site has; the key of its learning signal, if it has one of its own."""
         estimator = self.at(site)
-        if carries_gradient(site["fn"]) and own_estimator(site) is None:
-            self._check_uses_path(site)
+        self.check_carried(site)
         if estimator is None or isinstance(estimator, str):
             self.met.update([estimator] if estimator else [])
             return None

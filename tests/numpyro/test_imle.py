@@ -332,6 +332,7 @@ class Own(Noise):
     [
         (lambda: dist.Categorical(jnp.ones(3) / 3), {}, IMLE(), "draws integers.*OneHotCateg"),
         (lambda: dist.Multinomial(1, jnp.ones(3) / 3), {}, IMLE(), "draws integers.*OneHotCateg"),
+        (lambda: dist.Poisson(2.0), {}, IMLE(), "discrete, but its states are integers.*RLOO"),
         (lambda: dist.Normal(0.0, 1.0), {}, IMLE(), "Normal. Leave it out"),
         (lambda: dist.Bernoulli(0.5), {"obs": 1.0}, IMLE(), "'z', which is observed"),
         (
@@ -363,7 +364,7 @@ def test_refusals(fn, options, estimator, message):
 )
 def test_losses_that_would_not_use_the_gradient_refuse_it(loss, named):
     guide, params = imle(noisy_guide, {"z": IMLE()}), {"logits": jnp.zeros((2, 3))}
-    with pytest.raises(ValueError, match=f"'z' carries a gradient.*{named}.*IWAE, ImplicitELBO"):
+    with pytest.raises(ValueError, match=f"'z' carries a gradient by IMLE.*{named}.*ImplicitELBO"):
         loss.loss(KEY, params, noisy_model, guide)
 
 
@@ -372,6 +373,11 @@ def test_wrong_config():
         imle(noisy_guide, {"z": "imle"})
     with pytest.raises(TypeError, match="by site name"):
         imle(noisy_guide, 3)
+    for wrong in (True, IMLE):
+        with pytest.raises(TypeError, match=r"site 'z', such as.*not the class\)"):
+            numpyro.handlers.seed(imle(noisy_guide, lambda name, wrong=wrong: wrong), 0)()
+    with pytest.raises(TypeError, match="by site name"):
+        imle(noisy_guide, IMLE)
     with pytest.raises(ValueError, match="given no estimators"):
         numpyro.handlers.seed(imle(noisy_guide), 0)()
 
@@ -379,11 +385,29 @@ def test_wrong_config():
 def test_one_estimator_for_all_leaves_others_alone():
     def program(theta):
         numpyro.sample("x", dist.Normal(0.0, 1.0))
+        numpyro.sample("v", dist.Delta(1.0))
         numpyro.sample("y", dist.Bernoulli(0.5), obs=1.0)
         return numpyro.sample("z", dist.Bernoulli(logits=theta))
 
     wrapped = numpyro.handlers.seed(imle(program, StraightThrough()), 0)
     assert jax.grad(wrapped)(0.0) == 0.25
+
+
+@pytest.mark.parametrize(
+    "site",
+    [
+        dist.Poisson(2.0),
+        dist.Binomial(3, 0.5),
+        dist.Geometric(0.5),
+        dist.DiscreteUniform(0, 3),
+        dist.OrderedLogistic(0.0, jnp.array([0.0, 1.0])),
+        dist.Categorical(jnp.ones(3) / 3).expand([2]).to_event(1),
+    ],
+    ids=lambda site: type(site).__name__,
+)
+def test_one_estimator_for_all_refuses_integers(site):
+    with pytest.raises(ValueError, match=r"'z' draws.*integers"):
+        numpyro.handlers.seed(imle(lambda: numpyro.sample("z", site), IMLE()), 0)()
 
 
 def test_log_probability_of_one_hot_values():
