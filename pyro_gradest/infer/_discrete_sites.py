@@ -35,6 +35,7 @@ from pyro_gradest.estimators import (
     threshold,
 )
 from pyro_gradest.estimators.discrete._subset_sampler import SplitNoise, of_items, subset_sampler
+from pyro_gradest.infer._graph import COUNTS
 from pyro_gradest.infer._sites import Site, is_subsample, own_estimator
 
 Estimator = IMLE | AdaptiveIMLE | StraightThrough | GumbelSoftmaxST | ReinMax | SIMPLE
@@ -163,6 +164,7 @@ class DiscreteSites(Messenger):
             counts = self._counts.get(name)
             if counts is None:
                 counts = self._counts[name] = torch.zeros_like(state[:2], requires_grad=True)
+                setattr(counts, COUNTS, True)
                 # Once in a backward pass, after the counts of all its draws have been summed.
                 counts.register_post_accumulate_grad_hook(
                     lambda counts: _update_state(name, estimator, counts)

@@ -216,6 +216,22 @@ def test_state_is_updated_once_in_a_backward_pass():
     assert abs(update) == 0.25
 
 
+def test_state_is_the_same_in_chunks():
+    """The counts of all chunks make one update, whatever the loss is scaled by."""
+    states = []
+    for chunk_size in (None, 2, 3):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = imle(noisy_guide, AdaptiveIMLE(initial_step=2.0))
+        loss = IWAE(6, chunk_size=chunk_size)
+        svi = SVI(noisy_model, guide, pyro.optim.Adam({"lr": 0.1}), loss)
+        for _ in range(3):
+            svi.step()
+        states.append(pyro.param("z_imle").clone())
+    assert states[0][1] != AdaptiveIMLE().target
+    torch.testing.assert_close(torch.stack(states), states[0].expand(3, 3))
+
+
 def test_prior_that_would_be_lost_is_refused():
     def host_model():
         with pyro.plate("data", 2):
