@@ -11,8 +11,9 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
 
     The sites keep their distribution and their exact log-probability: draws are exactly discrete,
     and any objective that differentiates through reparameterised values trains them, as
-    ``Trace_ELBO``, ``TraceMeanField_ELBO`` (with its analytic KL) and ``IWAE`` do. With
-    ``reparam="score"`` and in objectives that enumerate, the estimator is not used.
+    ``Trace_ELBO``, ``TraceMeanField_ELBO`` (with its analytic KL) and ``IWAE`` do. Losses of this
+    package that take the score function there, as with ``reparam="score"``, refuse it, and so do
+    sites that are enumerated.
 
     ``Bernoulli``, ``OneHotCategorical``, ``KSubset``, ``SpanningTree`` and ``PerturbAndMAP`` sites
     can carry a gradient, also under ``to_event``, ``mask`` and in plates. At ``KSubset`` sites that

@@ -50,6 +50,7 @@ class _CarriesGradient:
     """Draws by an estimator, from the logits."""
 
     has_rsample = True
+    site: str
     draw: Draw
 
     def rsample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
@@ -62,8 +63,12 @@ class _CarriesGradient:
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         new = super().expand(batch_shape, _instance)  # type: ignore[misc]
-        new.draw = self.draw
+        new.site, new.draw = self.site, self.draw
         return new
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        # A handler outside of imle may have asked for it.
+        raise ValueError(_enumerated(self.site))
 
 
 class _Bernoulli(_CarriesGradient, dist.Bernoulli):
@@ -145,8 +150,11 @@ class DiscreteSites(Messenger):
         original = msg[CARRIED].fn if CARRIED in msg else msg["fn"]
         msg[CARRIED] = Carried(estimator, original)
         msg["fn"] = _with_gradient(msg["fn"], name, estimator, self._draw_of)
+        _base(msg["fn"]).site = name
 
     def _pyro_post_sample(self, msg: Site) -> None:
+        if CARRIED in msg and msg["infer"].get("enumerate"):
+            raise ValueError(_enumerated(msg["name"]))
         fn = msg["fn"]
         while isinstance(fn, (dist.Independent, dist.MaskedDistribution)):
             fn = fn.base_dist
@@ -225,10 +233,14 @@ def _check_site(name: str, msg: Site) -> None:
             "Name latent sites only."
         )
     if msg["infer"].get("enumerate"):
-        raise ValueError(
-            f"Site {name!r} is both enumerated and under imle. Remove its "
-            'infer={"enumerate": ...}, or leave it out of imle.'
-        )
+        raise ValueError(_enumerated(name))
+
+
+def _enumerated(name: str) -> str:
+    return (
+        f"Site {name!r} is both enumerated and under imle. Remove its "
+        'infer={"enumerate": ...}, which config_enumerate sets too, or leave it out of imle.'
+    )
 
 
 def _with_gradient(

@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 from torch.distributions import kl_divergence
 
 from pyro_gradest import (
@@ -285,6 +285,13 @@ class Own(Noise):
 def test_refusals(fn, options, estimator, message):
     with pytest.raises(ValueError, match=message):
         imle(lambda: pyro.sample("z", fn, **options), {"z": estimator})()
+
+
+@pytest.mark.parametrize("default", ["parallel", "sequential"])
+def test_enumeration_from_outside_is_refused(default):
+    wrapped = config_enumerate(imle(noisy_guide, IMLE()), default=default)
+    with pytest.raises(ValueError, match="'z' is both enumerated and under imle"):
+        TraceEnum_ELBO(max_plate_nesting=1).loss_and_grads(noisy_model, wrapped)
 
 
 def test_wrong_config():
