@@ -228,7 +228,9 @@ class _DetachScoreSites(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         if not is_subsample(msg):
-            self.estimators.at(msg)  # raises before anything is drawn
+            # These raise before anything is drawn.
+            self.estimators.at(msg)
+            self.estimators.check_carried(msg)
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if not is_subsample(msg) and is_score_site(msg, self.estimators):

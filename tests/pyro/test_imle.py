@@ -14,13 +14,16 @@ from pyro_gradest import (
     IMLE,
     IWAE,
     SIMPLE,
+    TVO,
     AdaptiveIMLE,
     GumbelSoftmaxST,
+    ImplicitELBO,
     KSubset,
     OneHotCategorical,
     PerturbAndMAP,
     PlackettLuceSubset,
     ReinMax,
+    ReweightedWakeSleep,
     SpanningTree,
     StraightThrough,
     imle,
@@ -292,6 +295,20 @@ def test_enumeration_from_outside_is_refused(default):
     wrapped = config_enumerate(imle(noisy_guide, IMLE()), default=default)
     with pytest.raises(ValueError, match="'z' is both enumerated and under imle"):
         TraceEnum_ELBO(max_plate_nesting=1).loss_and_grads(noisy_model, wrapped)
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (TVO(2), r'TVO gives its sites "score" alone.*Use IWAE, ImplicitELBO.*out of imle'),
+        (ReweightedWakeSleep(2, reparam="dreg"), 'ReweightedWakeSleep gives its sites "score"'),
+        (IWAE(2, reparam="score"), r"IWAE takes the score function at all sites"),
+        (ImplicitELBO(2, reparam="score"), "ImplicitELBO takes the score function at all"),
+    ],
+)
+def test_losses_that_would_not_look_at_the_gradient_refuse_it(loss, match):
+    with pytest.raises(ValueError, match=f"'z' carries a gradient by IMLE.*{match}"):
+        loss.loss_and_grads(noisy_model, imle(noisy_guide, {"z": IMLE()}))
 
 
 def test_wrong_config():
