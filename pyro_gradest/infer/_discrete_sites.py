@@ -35,6 +35,7 @@ from pyro_gradest.estimators import (
     threshold,
 )
 from pyro_gradest.estimators.discrete._subset_sampler import SplitNoise, of_items, subset_sampler
+from pyro_gradest.estimators.discrete.solvers import SolverAt, errors_say
 from pyro_gradest.infer._graph import COUNTS
 from pyro_gradest.infer._sites import Site, is_subsample, own_estimator
 
@@ -164,22 +165,31 @@ class DiscreteSites(Messenger):
                 _refuse_lost_prior(msg["name"], msg["value"])
 
     def _draw_of(self, name: str, estimator: Estimator, solver: Solver) -> Draw:
-        if not isinstance(estimator, AdaptiveIMLE):
-            return lambda theta: estimator.sample(theta, solver)
+        where = f"At site {name!r}, under imle."
+        solver = SolverAt.of(solver, where)
 
         def draw(theta: Tensor) -> Tensor:
-            state = _adaptive_state(name, estimator, theta)
-            counts = self._counts.get(name)
-            if counts is None:
-                counts = self._counts[name] = torch.zeros_like(state[:2], requires_grad=True)
-                setattr(counts, COUNTS, True)
-                # Once in a backward pass, after the counts of all its draws have been summed.
-                counts.register_post_accumulate_grad_hook(
-                    lambda counts: _update_state(name, estimator, counts)
-                )
-            return estimator.sample(theta, solver, state=AdaptiveState(*state), counts=counts)
+            with errors_say(where):
+                if isinstance(estimator, AdaptiveIMLE):
+                    return self._adaptive_draw(name, estimator, solver, theta)
+                return estimator.sample(theta, solver)
 
         return draw
+
+    def _adaptive_draw(
+        self, name: str, estimator: AdaptiveIMLE, solver: Solver, theta: Tensor
+    ) -> Tensor:
+        _check_backward_pass(estimator)
+        state = _adaptive_state(name, estimator, theta)
+        counts = self._counts.get(name)
+        if counts is None:
+            counts = self._counts[name] = torch.zeros_like(state[:2], requires_grad=True)
+            setattr(counts, COUNTS, True)
+            # Once in a backward pass, after the counts of all its draws have been summed.
+            counts.register_post_accumulate_grad_hook(
+                lambda counts: _update_state(name, estimator, counts)
+            )
+        return estimator.sample(theta, solver, state=AdaptiveState(*state), counts=counts)
 
 
 def _as_it_says(msg: Site) -> Estimator | None:
@@ -373,6 +383,19 @@ def check_exact(name: str, estimator: Estimator, noise: type) -> None:
             f"At site {name!r} {estimator} does not draw from the site's distribution, which takes "
             f"{noise.__name__} at temperature 1, so that log q would have the wrong entropy. Leave "
             "noise and temperature out."
+        )
+
+
+def _check_backward_pass(estimator: AdaptiveIMLE) -> None:
+    try:
+        torch.empty(0).requires_grad_()
+        is_ordinary = not torch.jit.is_tracing()
+    except RuntimeError:  # the sign of a transformation that public functions give
+        is_ordinary = False
+    if not is_ordinary:
+        raise RuntimeError(
+            f"Under torch.func and torch.jit there is no backward pass in which the state of "
+            f"{estimator} could be updated. Use IMLE() there, or loss.backward() without them."
         )
 
 

@@ -1,6 +1,7 @@
 """``imle`` in Pyro: gradients against exact enumeration, plates, saved state, refusals."""
 
 import io
+from itertools import chain
 
 import numpy as np
 import pyro
@@ -28,7 +29,14 @@ from pyro_gradest import (
     StraightThrough,
     imle,
 )
-from pyro_gradest.estimators import GaussianNoise, GumbelNoise, LogisticNoise, Noise, top_k
+from pyro_gradest.estimators import (
+    GaussianNoise,
+    GumbelNoise,
+    LogisticNoise,
+    Noise,
+    numpy_solver,
+    top_k,
+)
 from pyro_gradest.estimators.discrete import trees
 from pyro_gradest.estimators.discrete._subset_sampler import SplitNoise
 from tests.oracles import combinatorial
@@ -309,6 +317,57 @@ def test_enumeration_from_outside_is_refused(default):
 def test_losses_that_would_not_look_at_the_gradient_refuse_it(loss, match):
     with pytest.raises(ValueError, match=f"'z' carries a gradient by IMLE.*{match}"):
         loss.loss_and_grads(noisy_model, imle(noisy_guide, {"z": IMLE()}))
+
+
+class Explosive:
+    """A solver that fails at a given call."""
+
+    def __init__(self, fails_at):
+        self.calls_left = fails_at
+
+    def __call__(self, theta):
+        self.calls_left -= 1
+        if not self.calls_left:
+            raise RuntimeError("exploded")
+        return (theta >= theta.max(-1, keepdims=True)[0]).to(theta.dtype)
+
+
+@pytest.mark.parametrize(
+    ("solver", "error", "message"),
+    [
+        (Explosive(1), RuntimeError, "exploded"),
+        (Explosive(2), RuntimeError, "exploded"),  # the first call of the backward pass
+        (lambda theta: theta, ValueError, "other than 0 and 1"),
+        (numpy_solver(lambda theta: theta[1:]), ValueError, "of the shape of theta"),
+    ],
+)
+def test_errors_of_a_solver_name_the_site(solver, error, message):
+    def guide():
+        pyro.sample("z", PerturbAndMAP(pyro.param("theta", torch.ones(3)), solver))
+
+    trace = pyro.poutine.trace(imle(guide, {"z": IMLE()}))
+    with pytest.raises(error, match=message) as caught:
+        (trace.get_trace().nodes["z"]["value"] @ torch.arange(3.0)).backward()
+    # The host adds the shapes of a trace to an error by raising another from it.
+    notes = [getattr(one, "__notes__", []) for one in (caught.value, caught.value.__cause__)]
+    assert list(chain(*notes)) == ["At site 'z', under imle."]
+
+
+def test_adaptive_state_under_torch_func_is_refused():
+    def loss(logits, estimator):
+        program = imle(lambda: pyro.sample("z", OneHotCategorical(logits=logits)), estimator)
+        return program() @ torch.arange(3.0)
+
+    torch.func.grad(loss)(torch.zeros(3), IMLE())
+    with pytest.raises(RuntimeError, match=r"torch.func .* there is no backward.*Use IMLE\(\)"):
+        torch.func.grad(loss)(torch.zeros(3), AdaptiveIMLE())
+
+
+def test_scores_that_are_not_finite_name_the_site():
+    program = imle(lambda: pyro.sample("z", PerturbAndMAP(torch.ones(3) / 0, top_k(1))), IMLE())
+    with pytest.raises(ValueError, match="finite theta") as caught:
+        program()
+    assert caught.value.__notes__ == ["At site 'z', under imle."]
 
 
 def test_wrong_config():
