@@ -34,10 +34,10 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
             so themselves, by ``infer={"estimator": IMLE()}``.
 
     Returns:
-        ``fn`` with these gradients.
+        ``fn`` with these gradients; a module where ``fn`` is one, with the same parameters.
 
     Raises:
-        TypeError: If ``config`` is nothing of that.
+        TypeError: If ``config`` is nothing of that, or returns it when run.
         ValueError: When run, if a named site does not exist, is observed, enumerated, not
             discrete, or draws integers; or if an estimator does not draw from the site's
             distribution, or is not for it; or if nothing says which sites get which estimator.

@@ -37,6 +37,7 @@ from pyro_gradest.estimators import (
 from pyro_gradest.estimators.discrete._subset_sampler import SplitNoise, of_items, subset_sampler
 from pyro_gradest.estimators.discrete.solvers import SolverAt, errors_say
 from pyro_gradest.infer._graph import COUNTS
+from pyro_gradest.infer._modules import as_module
 from pyro_gradest.infer._sites import Site, is_subsample, own_estimator
 
 Estimator = IMLE | AdaptiveIMLE | StraightThrough | GumbelSoftmaxST | ReinMax | SIMPLE
@@ -118,6 +119,9 @@ class DiscreteSites(Messenger):
         self._is_idle = self._is_needed = config is None and not may_be_idle
         self._counts: dict[str, Tensor] = {}
 
+    def __call__(self, fn: Callable) -> Any:
+        return as_module(fn, super().__call__(fn))
+
     def __enter__(self) -> Any:
         self._met = []
         self._is_idle = self._is_needed
@@ -144,6 +148,8 @@ class DiscreteSites(Messenger):
         name = msg["name"]
         self._met.append(name)
         estimator = self._choose(name) if self._choose else _as_it_says(msg)
+        if estimator is not None:
+            _check_estimator(name, estimator)
         if estimator is None or (self._is_for_all and not _may_be_chosen(msg)):
             return
         _check_site(name, msg)
@@ -179,7 +185,7 @@ class DiscreteSites(Messenger):
     def _adaptive_draw(
         self, name: str, estimator: AdaptiveIMLE, solver: Solver, theta: Tensor
     ) -> Tensor:
-        _check_backward_pass(estimator)
+        _check_backward_pass()
         state = _adaptive_state(name, estimator, theta)
         counts = self._counts.get(name)
         if counts is None:
@@ -213,11 +219,7 @@ def as_choice(config: Any) -> Callable[[str], Estimator | None]:
         return lambda name: config
     if isinstance(config, Mapping):
         for name, estimator in config.items():
-            if not isinstance(estimator, ESTIMATORS):
-                raise TypeError(
-                    f"imle needs an estimator for site {name!r}, such as IMLE() or AdaptiveIMLE(), "
-                    f"got {estimator!r}."
-                )
+            _check_estimator(name, estimator)
         return config.get
     if callable(config):
         return config
@@ -225,6 +227,14 @@ def as_choice(config: Any) -> Callable[[str], Estimator | None]:
         "imle needs estimators by site name, such as {'z': IMLE()}, one estimator for all discrete "
         f"sites, a function from names to estimators, or nothing, got {config!r}."
     )
+
+
+def _check_estimator(name: str, estimator: Any) -> None:
+    if not isinstance(estimator, ESTIMATORS):
+        raise TypeError(
+            f"imle needs an estimator for site {name!r}, such as IMLE() or AdaptiveIMLE() (an "
+            f"instance, not the class), or None from a function of names, got {estimator!r}."
+        )
 
 
 def _may_be_chosen(msg: Site) -> bool:
@@ -386,7 +396,7 @@ def check_exact(name: str, estimator: Estimator, noise: type) -> None:
         )
 
 
-def _check_backward_pass(estimator: AdaptiveIMLE) -> None:
+def _check_backward_pass() -> None:
     try:
         torch.empty(0).requires_grad_()
         is_ordinary = not torch.jit.is_tracing()
@@ -394,8 +404,8 @@ def _check_backward_pass(estimator: AdaptiveIMLE) -> None:
         is_ordinary = False
     if not is_ordinary:
         raise RuntimeError(
-            f"Under torch.func and torch.jit there is no backward pass in which the state of "
-            f"{estimator} could be updated. Use IMLE() there, or loss.backward() without them."
+            "Under torch.func and torch.jit there is no backward pass in which the state of "
+            "AdaptiveIMLE could be updated. Use IMLE() there, or loss.backward() without them."
         )
 
 

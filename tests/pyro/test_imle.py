@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.nn import PyroModule, PyroParam
 from torch.distributions import kl_divergence
 
 from pyro_gradest import (
@@ -375,8 +376,31 @@ def test_wrong_config():
         imle(noisy_guide, {"z": "imle"})
     with pytest.raises(TypeError, match="by site name"):
         imle(noisy_guide, 3)
+    for wrong in (True, IMLE, "imle"):
+        with pytest.raises(TypeError, match=r"'z', such as IMLE.*not the class.*got"):
+            imle(noisy_guide, lambda name, wrong=wrong: wrong)()
     with pytest.raises(ValueError, match="given no estimators"):
         imle(noisy_guide)()
+
+
+@pytest.mark.parametrize("wrap", [imle, lambda fn, config: imle(config=config)(fn)])
+def test_a_module_stays_one_with_its_parameters(wrap):
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.logits = PyroParam(torch.zeros(2, 3))
+
+        def forward(self):
+            with pyro.plate("data", 2):
+                pyro.sample("z", dist.OneHotCategorical(logits=self.logits))
+
+    guide = Guide()
+    loss = Trace_ELBO()(noisy_model, wrap(guide, {"z": IMLE(step_size=100.0)}))
+    optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
+    loss().backward()
+    optimizer.step()
+    assert [parameter is guide.logits for parameter in loss.parameters()] == [True]
+    assert guide.logits.abs().max() > 0
 
 
 def test_one_estimator_for_all_leaves_others_alone():
