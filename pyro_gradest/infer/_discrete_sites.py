@@ -15,10 +15,15 @@ from pyro import distributions as dist
 from pyro import get_param_store
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import kl_divergence, register_kl
 
 from pyro_gradest.distributions import KSubset, PerturbAndMAP, SpanningTree
 from pyro_gradest.distributions._from_logits import FromLogits
-from pyro_gradest.distributions.one_hot_categorical import LINEAR_LOG_PROBS, OneHotCategorical
+from pyro_gradest.distributions.one_hot_categorical import (
+    LINEAR_LOG_PROBS,
+    OneHotCategorical,
+    count_linear_log_prob,
+)
 from pyro_gradest.estimators import (
     IMLE,
     SIMPLE,
@@ -78,7 +83,19 @@ class _Bernoulli(_CarriesGradient, dist.Bernoulli):
 
 
 class _OneHotCategorical(_CarriesGradient, OneHotCategorical):
-    pass
+    value: Tensor | None = None
+
+    def rsample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
+        self.value = super().rsample(sample_shape)
+        return self.value
+
+
+@register_kl(_OneHotCategorical, torch.distributions.OneHotCategorical)
+def _analytic_kl(q: Any, p: Any) -> Tensor:
+    """That of the host; the prior counts by it, whether or not its log-probability is linear."""
+    if q.value is not None:
+        count_linear_log_prob(q.value)
+    return kl_divergence(OneHotCategorical(logits=q.logits), p)
 
 
 class _KSubset(_CarriesGradient, KSubset):

@@ -8,7 +8,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer import (
+    SVI,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
 from pyro.nn import PyroModule, PyroParam
 from torch.distributions import kl_divergence
 
@@ -254,6 +261,33 @@ def test_prior_that_would_be_lost_is_refused():
     with pytest.raises(ValueError, match="prior of site 'z' would count for nothing"):
         Trace_ELBO().loss_and_grads(host_model, guide)
     Trace_ELBO().loss_and_grads(imle(host_model, {"z": IMLE()}), guide)
+
+
+def gradient_at_noisy_guide(loss, site_of_model):
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", site_of_model(torch.tensor([0.2, 0.3, 0.5])))
+            pyro.sample("x", dist.Normal(z @ torch.arange(3.0), 1.0), obs=torch.ones(2))
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    loss.loss_and_grads(model, imle(noisy_guide, {"z": IMLE()}))
+    return pyro.param("logits").grad
+
+
+def test_prior_that_counts_is_not_refused():
+    """In the analytic KL divergence, or where the host wraps the value to track it."""
+    by_mean_field = [
+        gradient_at_noisy_guide(TraceMeanField_ELBO(), site)
+        for site in (dist.OneHotCategorical, OneHotCategorical)
+    ]
+    torch.testing.assert_close(*by_mean_field)
+    by_trace = [
+        gradient_at_noisy_guide(loss, OneHotCategorical)
+        for loss in (Trace_ELBO(), TraceGraph_ELBO())
+    ]
+    torch.testing.assert_close(*by_trace)
+    assert by_trace[0].abs().max() > 0
 
 
 def test_decorator_context_manager_and_function():
