@@ -256,11 +256,18 @@ def _check_estimator(name: str, estimator: Any) -> None:
 
 def _may_be_chosen(msg: Site) -> bool:
     """Whether a site is meant by an estimator that is given for all."""
-    fn = _base(msg["fn"])
-    is_discrete = isinstance(
-        fn, (torch.distributions.Categorical, PerturbAndMAP, FromLogits)
-    ) or _kind(fn)
-    return bool(is_discrete) and not msg["is_observed"]
+    return _is_discrete(_base(msg["fn"])) and not msg["is_observed"]
+
+
+def _is_discrete(fn: Any) -> bool:
+    if isinstance(fn, (PerturbAndMAP, FromLogits)) or _kind(fn):
+        return True
+    if fn.has_rsample:
+        return False
+    try:
+        return fn.support.is_discrete
+    except NotImplementedError:  # of distributions that state no support
+        return False
 
 
 def _check_site(name: str, msg: Site) -> None:
@@ -392,6 +399,13 @@ def _unsupported(name: str, fn: Any) -> str:
             "draws exactly. Sample PerturbAndMAP with a solver in model and guide, under "
             "TraceMeanField_ELBO, or, for subsets, KSubset; or leave it out and pass SVI a loss "
             "that takes the score function, such as RLOO."
+        )
+    if _is_discrete(fn):
+        return (
+            f"Site {name!r} draws from {type(fn).__name__}, which is discrete, but its states are "
+            "integers, through which no gradient passes. Sample a one-hot, Bernoulli or KSubset "
+            "site instead in model and guide; or leave it out and pass SVI a loss that takes the "
+            "score function, such as RLOO, VIMCO or OVIS."
         )
     return (
         "imle is for Bernoulli, OneHotCategorical, KSubset, SpanningTree and PerturbAndMAP sites, "

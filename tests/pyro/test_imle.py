@@ -18,6 +18,7 @@ from pyro.infer import (
 )
 from pyro.nn import PyroModule, PyroParam
 from torch.distributions import kl_divergence
+from torch.distributions.transforms import ExpTransform
 
 from pyro_gradest import (
     IMLE,
@@ -333,6 +334,21 @@ def test_refusals(fn, options, estimator, message):
         imle(lambda: pyro.sample("z", fn, **options), {"z": estimator})()
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        dist.Poisson(2.0),
+        dist.Binomial(3, torch.tensor(0.5)),
+        dist.Geometric(torch.ones(3) / 2).to_event(1),
+        dist.Multinomial(2, torch.ones(3) / 3),
+    ],
+)
+def test_integers_are_refused_by_name_and_among_all(fn):
+    for config in ({"z": IMLE()}, IMLE()):
+        with pytest.raises(ValueError, match=r"'z' draws from .* integers.*one-hot.*VIMCO or OVIS"):
+            imle(lambda: pyro.sample("z", fn), config)()
+
+
 @pytest.mark.parametrize("default", ["parallel", "sequential"])
 def test_enumeration_from_outside_is_refused(default):
     wrapped = config_enumerate(imle(noisy_guide, IMLE()), default=default)
@@ -440,6 +456,9 @@ def test_a_module_stays_one_with_its_parameters(wrap):
 def test_one_estimator_for_all_leaves_others_alone():
     def program():
         pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("l", dist.TransformedDistribution(dist.Normal(0.0, 1.0), [ExpTransform()]))
+        pyro.sample("v", dist.VonMises(0.0, 1.0))
+        pyro.deterministic("d", torch.tensor(1))
         pyro.sample("y", dist.Bernoulli(0.5), obs=torch.tensor(1.0))
         return pyro.sample("z", dist.Bernoulli(logits=pyro.param("theta", torch.zeros(()))))
 
