@@ -506,6 +506,14 @@ def test_bound_of_the_divergence_holds():
         divergence(q, p, noise=LogisticNoise())
 
 
+def test_shape_of_a_density_that_is_not_known():
+    site = PerturbAndMAP(torch.zeros(2, 4), top_k(2)).expand((5, 2))
+    for shape in ((), (3,)):
+        log_prob = site.log_prob(site.sample(shape))
+        assert log_prob.shape == (*shape, 5, 2)
+        assert log_prob.isneginf().all()
+
+
 DATA = torch.tensor([[0.0, 3.0, 0.0, 3.0], [3.0, 3.0, 0.0, 0.0]])
 
 
