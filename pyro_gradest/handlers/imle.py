@@ -23,7 +23,8 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
     draws use the objective's ``num_particles``. The mean over particles, scales and subsampled
     plates multiply the gradient that arrives at a site, and with it the step of ``IMLE``, but not
     that of ``AdaptiveIMLE``, whose state is kept in the parameter store as ``"<site>_imle"`` and
-    updated in each backward pass.
+    updated in each ``backward()``; ``torch.autograd.grad`` leaves it as it is. An error of a solver
+    bears a note that names the site.
 
     Args:
         fn: A guide, or a model: one that samples the host's ``OneHotCategorical`` needs to be
