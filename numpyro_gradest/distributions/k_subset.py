@@ -40,6 +40,8 @@ class KSubset(LinearFamily):
 
     Cost:
         O(n k) time and memory for the normaliser and the mean, and for a draw, in log n steps.
+        Second derivatives are had in reverse mode only: ``jax.jacrev(jax.jacrev(...))``, where
+        ``jax.hessian`` raises.
 
     Example:
         >>> import jax.numpy as jnp

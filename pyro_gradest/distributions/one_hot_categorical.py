@@ -1,10 +1,15 @@
 """One-hot categorical whose log-probability can be differentiated in the value."""
 
 from pyro import distributions as dist
+from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 
 # How often a value's log-probability was taken in the form that has a gradient in the value.
 LINEAR_LOG_PROBS = "_gradest_linear_log_probs"
+
+
+def count_linear_log_prob(value: Tensor) -> None:
+    setattr(value, LINEAR_LOG_PROBS, getattr(value, LINEAR_LOG_PROBS, 0) + 1)
 
 
 class OneHotCategorical(dist.OneHotCategorical):
@@ -46,7 +51,7 @@ class OneHotCategorical(dist.OneHotCategorical):
         if self._validate_args:
             self._validate_sample(value)
         if value.grad_fn is not None:
-            setattr(value, LINEAR_LOG_PROBS, getattr(value, LINEAR_LOG_PROBS, 0) + 1)
+            count_linear_log_prob(detach_provenance(value))  # TraceGraph_ELBO wraps the value
         # 0 * -inf is nan: an impossible class has a log-probability that is only very small.
         return (value * self.logits.clamp(min=-1e30)).sum(dim=-1)
 

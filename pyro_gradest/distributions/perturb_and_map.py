@@ -94,13 +94,14 @@ class PerturbAndMAP(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         # The host evaluates it for every objective, also for those that then use the KL
         # divergence alone. What uses it gets an infinite loss, and an error as it differentiates.
-        return _NoDensity.apply(self.theta, self.batch_shape)
+        shape = value.shape[: value.dim() - self.event_dim]
+        return _NoDensity.apply(self.theta, torch.broadcast_shapes(shape, self.batch_shape))
 
 
 class _NoDensity(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, batch_shape: torch.Size) -> Tensor:
-        return theta.new_full(batch_shape, -torch.inf)
+    def forward(ctx: Any, theta: Tensor, shape: torch.Size) -> Tensor:
+        return theta.new_full(shape, -torch.inf)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

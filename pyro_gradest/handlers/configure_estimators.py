@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
-
 from pyro_gradest.infer._discrete_sites import ESTIMATORS, DiscreteSites
+from pyro_gradest.infer._modules import as_module
 from pyro_gradest.infer._site_estimators import SiteConfig, check_config
 
 
@@ -84,16 +83,4 @@ def configure_estimators(fn: Callable | None = None, config: Any = None) -> Any:
     guide = SiteConfig(config)(fn)
     if not isinstance(config, Mapping) or any(isinstance(e, ESTIMATORS) for e in config.values()):
         guide = DiscreteSites(None, may_be_idle=True)(guide)
-    return _Configured(fn, guide) if isinstance(fn, torch.nn.Module) else guide
-
-
-class _Configured(torch.nn.Module):
-    """A guide that is a module, run by a handler: with the parameters of the module."""
-
-    def __init__(self, module: torch.nn.Module, guide: Callable) -> None:
-        super().__init__()
-        self.module = module
-        self._guide = guide
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._guide(*args, **kwargs)
+    return as_module(fn, guide)

@@ -11,8 +11,9 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
 
     The sites keep their distribution and their exact log-probability: draws are exactly discrete,
     and any objective that differentiates through reparameterised values trains them, as
-    ``Trace_ELBO``, ``TraceMeanField_ELBO`` (with its analytic KL) and ``IWAE`` do. With
-    ``reparam="score"`` and in objectives that enumerate, the estimator is not used.
+    ``Trace_ELBO``, ``TraceMeanField_ELBO`` (with its analytic KL) and ``IWAE`` do. Losses of this
+    package that take the score function there, as with ``reparam="score"``, refuse it, and so do
+    sites that are enumerated.
 
     ``Bernoulli``, ``OneHotCategorical``, ``KSubset``, ``SpanningTree`` and ``PerturbAndMAP`` sites
     can carry a gradient, also under ``to_event``, ``mask`` and in plates. At ``KSubset`` sites that
@@ -22,7 +23,8 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
     draws use the objective's ``num_particles``. The mean over particles, scales and subsampled
     plates multiply the gradient that arrives at a site, and with it the step of ``IMLE``, but not
     that of ``AdaptiveIMLE``, whose state is kept in the parameter store as ``"<site>_imle"`` and
-    updated in each backward pass.
+    updated in each ``backward()``; ``torch.autograd.grad`` leaves it as it is. An error of a solver
+    bears a note that names the site.
 
     Args:
         fn: A guide, or a model: one that samples the host's ``OneHotCategorical`` needs to be
@@ -33,10 +35,10 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
             so themselves, by ``infer={"estimator": IMLE()}``.
 
     Returns:
-        ``fn`` with these gradients.
+        ``fn`` with these gradients; a module where ``fn`` is one, with the same parameters.
 
     Raises:
-        TypeError: If ``config`` is nothing of that.
+        TypeError: If ``config`` is nothing of that, or returns it when run.
         ValueError: When run, if a named site does not exist, is observed, enumerated, not
             discrete, or draws integers; or if an estimator does not draw from the site's
             distribution, or is not for it; or if nothing says which sites get which estimator.

@@ -15,10 +15,15 @@ from pyro import distributions as dist
 from pyro import get_param_store
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import kl_divergence, register_kl
 
 from pyro_gradest.distributions import KSubset, PerturbAndMAP, SpanningTree
 from pyro_gradest.distributions._from_logits import FromLogits
-from pyro_gradest.distributions.one_hot_categorical import LINEAR_LOG_PROBS, OneHotCategorical
+from pyro_gradest.distributions.one_hot_categorical import (
+    LINEAR_LOG_PROBS,
+    OneHotCategorical,
+    count_linear_log_prob,
+)
 from pyro_gradest.estimators import (
     IMLE,
     SIMPLE,
@@ -35,6 +40,9 @@ from pyro_gradest.estimators import (
     threshold,
 )
 from pyro_gradest.estimators.discrete._subset_sampler import SplitNoise, of_items, subset_sampler
+from pyro_gradest.estimators.discrete.solvers import SolverAt, errors_say
+from pyro_gradest.infer._graph import COUNTS
+from pyro_gradest.infer._modules import as_module
 from pyro_gradest.infer._sites import Site, is_subsample, own_estimator
 
 Estimator = IMLE | AdaptiveIMLE | StraightThrough | GumbelSoftmaxST | ReinMax | SIMPLE
@@ -49,6 +57,7 @@ class _CarriesGradient:
     """Draws by an estimator, from the logits."""
 
     has_rsample = True
+    site: str
     draw: Draw
 
     def rsample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
@@ -61,8 +70,12 @@ class _CarriesGradient:
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         new = super().expand(batch_shape, _instance)  # type: ignore[misc]
-        new.draw = self.draw
+        new.site, new.draw = self.site, self.draw
         return new
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        # A handler outside of imle may have asked for it.
+        raise ValueError(_enumerated(self.site))
 
 
 class _Bernoulli(_CarriesGradient, dist.Bernoulli):
@@ -70,7 +83,19 @@ class _Bernoulli(_CarriesGradient, dist.Bernoulli):
 
 
 class _OneHotCategorical(_CarriesGradient, OneHotCategorical):
-    pass
+    value: Tensor | None = None
+
+    def rsample(self, sample_shape: Any = _NO_SHAPE) -> Tensor:
+        self.value = super().rsample(sample_shape)
+        return self.value
+
+
+@register_kl(_OneHotCategorical, torch.distributions.OneHotCategorical)
+def _analytic_kl(q: Any, p: Any) -> Tensor:
+    """That of the host; the prior counts by it, whether or not its log-probability is linear."""
+    if q.value is not None:
+        count_linear_log_prob(q.value)
+    return kl_divergence(OneHotCategorical(logits=q.logits), p)
 
 
 class _KSubset(_CarriesGradient, KSubset):
@@ -111,6 +136,9 @@ class DiscreteSites(Messenger):
         self._is_idle = self._is_needed = config is None and not may_be_idle
         self._counts: dict[str, Tensor] = {}
 
+    def __call__(self, fn: Callable) -> Any:
+        return as_module(fn, super().__call__(fn))
+
     def __enter__(self) -> Any:
         self._met = []
         self._is_idle = self._is_needed
@@ -137,6 +165,8 @@ class DiscreteSites(Messenger):
         name = msg["name"]
         self._met.append(name)
         estimator = self._choose(name) if self._choose else _as_it_says(msg)
+        if estimator is not None:
+            _check_estimator(name, estimator)
         if estimator is None or (self._is_for_all and not _may_be_chosen(msg)):
             return
         _check_site(name, msg)
@@ -144,8 +174,11 @@ class DiscreteSites(Messenger):
         original = msg[CARRIED].fn if CARRIED in msg else msg["fn"]
         msg[CARRIED] = Carried(estimator, original)
         msg["fn"] = _with_gradient(msg["fn"], name, estimator, self._draw_of)
+        _base(msg["fn"]).site = name
 
     def _pyro_post_sample(self, msg: Site) -> None:
+        if CARRIED in msg and msg["infer"].get("enumerate"):
+            raise ValueError(_enumerated(msg["name"]))
         fn = msg["fn"]
         while isinstance(fn, (dist.Independent, dist.MaskedDistribution)):
             fn = fn.base_dist
@@ -155,21 +188,31 @@ class DiscreteSites(Messenger):
                 _refuse_lost_prior(msg["name"], msg["value"])
 
     def _draw_of(self, name: str, estimator: Estimator, solver: Solver) -> Draw:
-        if not isinstance(estimator, AdaptiveIMLE):
-            return lambda theta: estimator.sample(theta, solver)
+        where = f"At site {name!r}, under imle."
+        solver = SolverAt.of(solver, where)
 
         def draw(theta: Tensor) -> Tensor:
-            state = _adaptive_state(name, estimator, theta)
-            counts = self._counts.get(name)
-            if counts is None:
-                counts = self._counts[name] = torch.zeros_like(state[:2], requires_grad=True)
-                # Once in a backward pass, after the counts of all its draws have been summed.
-                counts.register_post_accumulate_grad_hook(
-                    lambda counts: _update_state(name, estimator, counts)
-                )
-            return estimator.sample(theta, solver, state=AdaptiveState(*state), counts=counts)
+            with errors_say(where):
+                if isinstance(estimator, AdaptiveIMLE):
+                    return self._adaptive_draw(name, estimator, solver, theta)
+                return estimator.sample(theta, solver)
 
         return draw
+
+    def _adaptive_draw(
+        self, name: str, estimator: AdaptiveIMLE, solver: Solver, theta: Tensor
+    ) -> Tensor:
+        _check_backward_pass()
+        state = _adaptive_state(name, estimator, theta)
+        counts = self._counts.get(name)
+        if counts is None:
+            counts = self._counts[name] = torch.zeros_like(state[:2], requires_grad=True)
+            setattr(counts, COUNTS, True)
+            # Once in a backward pass, after the counts of all its draws have been summed.
+            counts.register_post_accumulate_grad_hook(
+                lambda counts: _update_state(name, estimator, counts)
+            )
+        return estimator.sample(theta, solver, state=AdaptiveState(*state), counts=counts)
 
 
 def _as_it_says(msg: Site) -> Estimator | None:
@@ -193,11 +236,7 @@ def as_choice(config: Any) -> Callable[[str], Estimator | None]:
         return lambda name: config
     if isinstance(config, Mapping):
         for name, estimator in config.items():
-            if not isinstance(estimator, ESTIMATORS):
-                raise TypeError(
-                    f"imle needs an estimator for site {name!r}, such as IMLE() or AdaptiveIMLE(), "
-                    f"got {estimator!r}."
-                )
+            _check_estimator(name, estimator)
         return config.get
     if callable(config):
         return config
@@ -207,13 +246,28 @@ def as_choice(config: Any) -> Callable[[str], Estimator | None]:
     )
 
 
+def _check_estimator(name: str, estimator: Any) -> None:
+    if not isinstance(estimator, ESTIMATORS):
+        raise TypeError(
+            f"imle needs an estimator for site {name!r}, such as IMLE() or AdaptiveIMLE() (an "
+            f"instance, not the class), or None from a function of names, got {estimator!r}."
+        )
+
+
 def _may_be_chosen(msg: Site) -> bool:
     """Whether a site is meant by an estimator that is given for all."""
-    fn = _base(msg["fn"])
-    is_discrete = isinstance(
-        fn, (torch.distributions.Categorical, PerturbAndMAP, FromLogits)
-    ) or _kind(fn)
-    return bool(is_discrete) and not msg["is_observed"]
+    return _is_discrete(_base(msg["fn"])) and not msg["is_observed"]
+
+
+def _is_discrete(fn: Any) -> bool:
+    if isinstance(fn, (PerturbAndMAP, FromLogits)) or _kind(fn):
+        return True
+    if fn.has_rsample:
+        return False
+    try:
+        return fn.support.is_discrete
+    except NotImplementedError:  # of distributions that state no support
+        return False
 
 
 def _check_site(name: str, msg: Site) -> None:
@@ -223,10 +277,14 @@ def _check_site(name: str, msg: Site) -> None:
             "Name latent sites only."
         )
     if msg["infer"].get("enumerate"):
-        raise ValueError(
-            f"Site {name!r} is both enumerated and under imle. Remove its "
-            'infer={"enumerate": ...}, or leave it out of imle.'
-        )
+        raise ValueError(_enumerated(name))
+
+
+def _enumerated(name: str) -> str:
+    return (
+        f"Site {name!r} is both enumerated and under imle. Remove its "
+        'infer={"enumerate": ...}, which config_enumerate sets too, or leave it out of imle.'
+    )
 
 
 def _with_gradient(
@@ -342,6 +400,13 @@ def _unsupported(name: str, fn: Any) -> str:
             "TraceMeanField_ELBO, or, for subsets, KSubset; or leave it out and pass SVI a loss "
             "that takes the score function, such as RLOO."
         )
+    if _is_discrete(fn):
+        return (
+            f"Site {name!r} draws from {type(fn).__name__}, which is discrete, but its states are "
+            "integers, through which no gradient passes. Sample a one-hot, Bernoulli or KSubset "
+            "site instead in model and guide; or leave it out and pass SVI a loss that takes the "
+            "score function, such as RLOO, VIMCO or OVIS."
+        )
     return (
         "imle is for Bernoulli, OneHotCategorical, KSubset, SpanningTree and PerturbAndMAP sites, "
         f"but {name!r} has the distribution {type(fn).__name__}. Leave it out: a continuous site "
@@ -359,6 +424,19 @@ def check_exact(name: str, estimator: Estimator, noise: type) -> None:
             f"At site {name!r} {estimator} does not draw from the site's distribution, which takes "
             f"{noise.__name__} at temperature 1, so that log q would have the wrong entropy. Leave "
             "noise and temperature out."
+        )
+
+
+def _check_backward_pass() -> None:
+    try:
+        torch.empty(0).requires_grad_()
+        is_ordinary = not torch.jit.is_tracing()
+    except RuntimeError:  # the sign of a transformation that public functions give
+        is_ordinary = False
+    if not is_ordinary:
+        raise RuntimeError(
+            "Under torch.func and torch.jit there is no backward pass in which the state of "
+            "AdaptiveIMLE could be updated. Use IMLE() there, or loss.backward() without them."
         )
 
 

@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_gradest.estimators import renyi_bound
+from pyro_gradest.infer._discrete_sites import CARRIED
 from pyro_gradest.infer._particles import read_particles
 from pyro_gradest.infer._plates import CommonPlates, common_plates, plate_dims
 from pyro_gradest.infer._site_estimators import SiteEstimators
@@ -80,7 +81,7 @@ def _states(guide_trace: Trace, plates: CommonPlates, num_particles: int) -> lis
 
 def _values(name: str, site: Site, plates: CommonPlates) -> list[Tensor]:
     """What a site can be: the same in all elements of the common plates, all else combined."""
-    fn, num_event_dims = site["fn"], 0
+    fn, num_event_dims = site[CARRIED].fn if CARRIED in site else site["fn"], 0
     while isinstance(fn, dist.Independent | dist.MaskedDistribution):
         num_event_dims += getattr(fn, "reinterpreted_batch_ndims", 0)
         fn = fn.base_dist

@@ -1,10 +1,13 @@
 """What a tensor was computed from, and derivatives along a part of it."""
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+COUNTS = "_gradest_counts"
+"""Mark of a leaf whose gradient is no derivative but a count of what a backward pass met."""
 
 
 class Cut(NamedTuple):
@@ -30,6 +33,24 @@ def graph_leaves(tensor: Tensor, *, but: Collection[Tensor] = ()) -> list[Tensor
             if hasattr(node, "variable") and id(node.variable) not in left_out:
                 leaves.append(node.variable)
     return leaves
+
+
+def with_gradient(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar that has this gradient in the leaf, multiplied by what arrives unless it counts."""
+    if getattr(leaf, COUNTS, False):
+        return _Count.apply(leaf, gradient)
+    return (leaf * gradient).sum()
+
+
+class _Count(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return leaf.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
 
 
 def through_cuts(function: Tensor, runs: Iterable[Sequence[Cut]], *, kind: str) -> Tensor:

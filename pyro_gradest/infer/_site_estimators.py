@@ -101,6 +101,23 @@ class SiteEstimators:
             return "pathwise"  # there is no density that a score function could be taken of
         return self.default if fn.has_rsample else "score"
 
+    def check_carried(self, site: Site) -> None:
+        """Refuse a site whose gradient, by ``imle``, the loss would not look at."""
+        if self.allowed is None or not carries_gradient(site["fn"]) or site["is_observed"]:
+            return
+        if "pathwise" not in self.allowed:
+            words = f"gives its sites {_words(self.allowed)} alone"
+        elif self.at(site) == "score" and own_estimator(site) is None:
+            words = 'takes the score function at all sites with reparam="score"'
+        else:
+            return
+        raise ValueError(
+            f"Guide site {site['name']!r} carries a gradient by {site[CARRIED].estimator!r}, under "
+            f"imle, but {self.loss} {words}, so that it would count for nothing. Use IWAE, "
+            "ImplicitELBO, or the host's Trace_ELBO or TraceMeanField_ELBO; or leave the site out "
+            "of imle."
+        )
+
     def _checked(self, site: Site, chosen: Any) -> str | LearningSignal:
         name, kind = site["name"], type(_base(site["fn"])).__name__
         if is_deterministic(site["fn"]):

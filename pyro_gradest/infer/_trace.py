@@ -15,6 +15,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 
 from pyro_gradest.infer._implicit import Parents, take_implicit_sites
+from pyro_gradest.infer._modules import unwrapped
 from pyro_gradest.infer._plates import PARTICLE_PLATE, CommonPlates, plate_dims
 from pyro_gradest.infer._site_estimators import (
     SiteEstimators,
@@ -68,7 +69,7 @@ def trace_particles(program: Program, num_particles: int) -> tuple[Trace, Trace]
     args, kwargs = program.args, program.kwargs
 
     with ShareSubsamples(program.subsamples):
-        messenger = poutine.unwrap(guide)
+        messenger = unwrapped(guide)
         if isinstance(messenger, GuideMessenger):
             # It runs the model itself, with its own draws.
             _run_guide(program, guide)
@@ -117,7 +118,7 @@ def _run_guide(program: Program, guide: Callable) -> Any:
 
 def guide_sites(guide: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Site]:
     """The guide's sample sites, by a run of it alone."""
-    messenger = poutine.unwrap(guide)
+    messenger = unwrapped(guide)
     if isinstance(messenger, GuideMessenger):
         guide(*args, **kwargs)
         return dict(samples(messenger.get_traces()[1]))
@@ -228,7 +229,9 @@ class _DetachScoreSites(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         if not is_subsample(msg):
-            self.estimators.at(msg)  # raises before anything is drawn
+            # These raise before anything is drawn.
+            self.estimators.at(msg)
+            self.estimators.check_carried(msg)
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if not is_subsample(msg) and is_score_site(msg, self.estimators):

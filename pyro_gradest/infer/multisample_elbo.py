@@ -24,7 +24,7 @@ from pyro_gradest.estimators import (
 )
 from pyro_gradest.estimators._validation import check_count
 from pyro_gradest.infer._credit import Credit
-from pyro_gradest.infer._graph import graph_leaves, through_cuts
+from pyro_gradest.infer._graph import graph_leaves, through_cuts, with_gradient
 from pyro_gradest.infer._particles import (
     Particles,
     concatenate,
@@ -485,7 +485,7 @@ def _surrogate_by_chunk(
         surrogate = _surrogate(particles, coefficients.map(itemgetter(part)))
         for leaf, gradient in _gradients_at_leaves(surrogate, but=copies):
             gradients[leaf] = gradients[leaf] + gradient if leaf in gradients else gradient
-    products = [(leaf * gradient).sum() for leaf, gradient in gradients.items()]
+    products = [with_gradient(leaf, gradient) for leaf, gradient in gradients.items()]
     return torch.stack(products).sum() if products else torch.zeros(())
 
 

@@ -99,6 +99,11 @@ KNOWN_GAPS = [
     ),
     Gap(
         "",
+        "public infer._modules only in pyro_gradest",
+        "Pyro's programs may be modules that hold their parameters; NumPyro's are functions.",
+    ),
+    Gap(
+        "",
         "public infer._random only in pyro_gradest",
         "torch's generators have a state, from which numbers are drawn again; JAX has keys.",
     ),

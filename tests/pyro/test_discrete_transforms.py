@@ -123,7 +123,7 @@ def test_generator_is_the_only_source_of_noise(estimator, solver):
 def test_adaptive_training():
     """Counts add up over draws in one backward pass."""
     torch.manual_seed(0)
-    estimator, solver = AdaptiveIMLE(initial_step=0.01), top_k(1)
+    estimator, solver = AdaptiveIMLE(initial_step=0.01, target=0.3), top_k(1)
     theta = torch.zeros(3, 3, requires_grad=True)
     state, history = estimator.init(theta), []
     for _ in range(500):
@@ -135,6 +135,6 @@ def test_adaptive_training():
         history.append(float(counts[0]) / 15)
         theta.data -= 0.1 * gradient
 
-    assert abs(np.mean(history[-200:]) - 0.3) < 0.1
+    assert abs(np.mean(history[-200:]) - estimator.target) < 0.1
     assert state.relative_step > 0.02
     assert torch.equal(theta.argmax(dim=-1), COSTS.argmin(dim=-1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO
 
-from pyro_gradest import NVIL, VIMCO, compare_estimators, gradient_statistics
+from pyro_gradest import IMLE, IWAE, NVIL, VIMCO, compare_estimators, gradient_statistics, imle
 
 
 def model():
@@ -38,6 +38,16 @@ def test_nothing_is_left_behind():
     assert {name: value.item() for name, value in store.items()} == {
         name: value.item() for name, value in before.items()
     }
+
+
+def test_the_exact_gradient_is_that_without_imle():
+    options = {"num_draws": 2, "reference": "enumeration"}
+    plain, carried = (
+        gradient_statistics(IWAE(2), model, program, **options)
+        for program in (guide, imle(guide, {"z": IMLE()}))
+    )
+    exact = [figures.mean["logit"] - figures.bias["logit"] for figures in (plain, carried)]
+    np.testing.assert_allclose(*exact, rtol=1e-5)
 
 
 def test_the_parameters_that_are_not_looked_at_stay_the_same_tensors():

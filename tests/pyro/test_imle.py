@@ -1,31 +1,51 @@
 """``imle`` in Pyro: gradients against exact enumeration, plates, saved state, refusals."""
 
 import io
+from itertools import chain
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    SVI,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
+from pyro.nn import PyroModule, PyroParam
 from torch.distributions import kl_divergence
+from torch.distributions.transforms import ExpTransform
 
 from pyro_gradest import (
     IMLE,
     IWAE,
     SIMPLE,
+    TVO,
     AdaptiveIMLE,
     GumbelSoftmaxST,
+    ImplicitELBO,
     KSubset,
     OneHotCategorical,
     PerturbAndMAP,
     PlackettLuceSubset,
     ReinMax,
+    ReweightedWakeSleep,
     SpanningTree,
     StraightThrough,
     imle,
 )
-from pyro_gradest.estimators import GaussianNoise, GumbelNoise, LogisticNoise, Noise, top_k
+from pyro_gradest.estimators import (
+    GaussianNoise,
+    GumbelNoise,
+    LogisticNoise,
+    Noise,
+    numpy_solver,
+    top_k,
+)
 from pyro_gradest.estimators.discrete import trees
 from pyro_gradest.estimators.discrete._subset_sampler import SplitNoise
 from tests.oracles import combinatorial
@@ -216,6 +236,22 @@ def test_state_is_updated_once_in_a_backward_pass():
     assert abs(update) == 0.25
 
 
+def test_state_is_the_same_in_chunks():
+    """The counts of all chunks make one update, whatever the loss is scaled by."""
+    states = []
+    for chunk_size in (None, 2, 3):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = imle(noisy_guide, AdaptiveIMLE(initial_step=2.0))
+        loss = IWAE(6, chunk_size=chunk_size)
+        svi = SVI(noisy_model, guide, pyro.optim.Adam({"lr": 0.1}), loss)
+        for _ in range(3):
+            svi.step()
+        states.append(pyro.param("z_imle").clone())
+    assert states[0][1] != AdaptiveIMLE().target
+    torch.testing.assert_close(torch.stack(states), states[0].expand(3, 3))
+
+
 def test_prior_that_would_be_lost_is_refused():
     def host_model():
         with pyro.plate("data", 2):
@@ -226,6 +262,33 @@ def test_prior_that_would_be_lost_is_refused():
     with pytest.raises(ValueError, match="prior of site 'z' would count for nothing"):
         Trace_ELBO().loss_and_grads(host_model, guide)
     Trace_ELBO().loss_and_grads(imle(host_model, {"z": IMLE()}), guide)
+
+
+def gradient_at_noisy_guide(loss, site_of_model):
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", site_of_model(torch.tensor([0.2, 0.3, 0.5])))
+            pyro.sample("x", dist.Normal(z @ torch.arange(3.0), 1.0), obs=torch.ones(2))
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    loss.loss_and_grads(model, imle(noisy_guide, {"z": IMLE()}))
+    return pyro.param("logits").grad
+
+
+def test_prior_that_counts_is_not_refused():
+    """In the analytic KL divergence, or where the host wraps the value to track it."""
+    by_mean_field = [
+        gradient_at_noisy_guide(TraceMeanField_ELBO(), site)
+        for site in (dist.OneHotCategorical, OneHotCategorical)
+    ]
+    torch.testing.assert_close(*by_mean_field)
+    by_trace = [
+        gradient_at_noisy_guide(loss, OneHotCategorical)
+        for loss in (Trace_ELBO(), TraceGraph_ELBO())
+    ]
+    torch.testing.assert_close(*by_trace)
+    assert by_trace[0].abs().max() > 0
 
 
 def test_decorator_context_manager_and_function():
@@ -271,18 +334,131 @@ def test_refusals(fn, options, estimator, message):
         imle(lambda: pyro.sample("z", fn, **options), {"z": estimator})()
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        dist.Poisson(2.0),
+        dist.Binomial(3, torch.tensor(0.5)),
+        dist.Geometric(torch.ones(3) / 2).to_event(1),
+        dist.Multinomial(2, torch.ones(3) / 3),
+    ],
+)
+def test_integers_are_refused_by_name_and_among_all(fn):
+    for config in ({"z": IMLE()}, IMLE()):
+        with pytest.raises(ValueError, match=r"'z' draws from .* integers.*one-hot.*VIMCO or OVIS"):
+            imle(lambda: pyro.sample("z", fn), config)()
+
+
+@pytest.mark.parametrize("default", ["parallel", "sequential"])
+def test_enumeration_from_outside_is_refused(default):
+    wrapped = config_enumerate(imle(noisy_guide, IMLE()), default=default)
+    with pytest.raises(ValueError, match="'z' is both enumerated and under imle"):
+        TraceEnum_ELBO(max_plate_nesting=1).loss_and_grads(noisy_model, wrapped)
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (TVO(2), r'TVO gives its sites "score" alone.*Use IWAE, ImplicitELBO.*out of imle'),
+        (ReweightedWakeSleep(2, reparam="dreg"), 'ReweightedWakeSleep gives its sites "score"'),
+        (IWAE(2, reparam="score"), r"IWAE takes the score function at all sites"),
+        (ImplicitELBO(2, reparam="score"), "ImplicitELBO takes the score function at all"),
+    ],
+)
+def test_losses_that_would_not_look_at_the_gradient_refuse_it(loss, match):
+    with pytest.raises(ValueError, match=f"'z' carries a gradient by IMLE.*{match}"):
+        loss.loss_and_grads(noisy_model, imle(noisy_guide, {"z": IMLE()}))
+
+
+class Explosive:
+    """A solver that fails at a given call."""
+
+    def __init__(self, fails_at):
+        self.calls_left = fails_at
+
+    def __call__(self, theta):
+        self.calls_left -= 1
+        if not self.calls_left:
+            raise RuntimeError("exploded")
+        return (theta >= theta.max(-1, keepdims=True)[0]).to(theta.dtype)
+
+
+@pytest.mark.parametrize(
+    ("solver", "error", "message"),
+    [
+        (Explosive(1), RuntimeError, "exploded"),
+        (Explosive(2), RuntimeError, "exploded"),  # the first call of the backward pass
+        (lambda theta: theta, ValueError, "other than 0 and 1"),
+        (numpy_solver(lambda theta: theta[1:]), ValueError, "of the shape of theta"),
+    ],
+)
+def test_errors_of_a_solver_name_the_site(solver, error, message):
+    def guide():
+        pyro.sample("z", PerturbAndMAP(pyro.param("theta", torch.ones(3)), solver))
+
+    trace = pyro.poutine.trace(imle(guide, {"z": IMLE()}))
+    with pytest.raises(error, match=message) as caught:
+        (trace.get_trace().nodes["z"]["value"] @ torch.arange(3.0)).backward()
+    # The host adds the shapes of a trace to an error by raising another from it.
+    notes = [getattr(one, "__notes__", []) for one in (caught.value, caught.value.__cause__)]
+    assert list(chain(*notes)) == ["At site 'z', under imle."]
+
+
+def test_adaptive_state_under_torch_func_is_refused():
+    def loss(logits, estimator):
+        program = imle(lambda: pyro.sample("z", OneHotCategorical(logits=logits)), estimator)
+        return program() @ torch.arange(3.0)
+
+    torch.func.grad(loss)(torch.zeros(3), IMLE())
+    with pytest.raises(RuntimeError, match=r"torch.func .* there is no backward.*Use IMLE\(\)"):
+        torch.func.grad(loss)(torch.zeros(3), AdaptiveIMLE())
+
+
+def test_scores_that_are_not_finite_name_the_site():
+    program = imle(lambda: pyro.sample("z", PerturbAndMAP(torch.ones(3) / 0, top_k(1))), IMLE())
+    with pytest.raises(ValueError, match="finite theta") as caught:
+        program()
+    assert caught.value.__notes__ == ["At site 'z', under imle."]
+
+
 def test_wrong_config():
     with pytest.raises(TypeError, match="site 'z'"):
         imle(noisy_guide, {"z": "imle"})
     with pytest.raises(TypeError, match="by site name"):
         imle(noisy_guide, 3)
+    for wrong in (True, IMLE, "imle"):
+        with pytest.raises(TypeError, match=r"'z', such as IMLE.*not the class.*got"):
+            imle(noisy_guide, lambda name, wrong=wrong: wrong)()
     with pytest.raises(ValueError, match="given no estimators"):
         imle(noisy_guide)()
+
+
+@pytest.mark.parametrize("wrap", [imle, lambda fn, config: imle(config=config)(fn)])
+def test_a_module_stays_one_with_its_parameters(wrap):
+    class Guide(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.logits = PyroParam(torch.zeros(2, 3))
+
+        def forward(self):
+            with pyro.plate("data", 2):
+                pyro.sample("z", dist.OneHotCategorical(logits=self.logits))
+
+    guide = Guide()
+    loss = Trace_ELBO()(noisy_model, wrap(guide, {"z": IMLE(step_size=100.0)}))
+    optimizer = torch.optim.SGD(loss.parameters(), lr=1.0)
+    loss().backward()
+    optimizer.step()
+    assert [parameter is guide.logits for parameter in loss.parameters()] == [True]
+    assert guide.logits.abs().max() > 0
 
 
 def test_one_estimator_for_all_leaves_others_alone():
     def program():
         pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("l", dist.TransformedDistribution(dist.Normal(0.0, 1.0), [ExpTransform()]))
+        pyro.sample("v", dist.VonMises(0.0, 1.0))
+        pyro.deterministic("d", torch.tensor(1))
         pyro.sample("y", dist.Bernoulli(0.5), obs=torch.tensor(1.0))
         return pyro.sample("z", dist.Bernoulli(logits=pyro.param("theta", torch.zeros(()))))
 
@@ -328,6 +504,14 @@ def test_bound_of_the_divergence_holds():
     np.testing.assert_allclose(gaussian, 2 * np.sum((q - p) ** 2))
     with pytest.raises(ValueError, match="same temperature and either Gumbel or Gaussian"):
         divergence(q, p, noise=LogisticNoise())
+
+
+def test_shape_of_a_density_that_is_not_known():
+    site = PerturbAndMAP(torch.zeros(2, 4), top_k(2)).expand((5, 2))
+    for shape in ((), (3,)):
+        log_prob = site.log_prob(site.sample(shape))
+        assert log_prob.shape == (*shape, 5, 2)
+        assert log_prob.isneginf().all()
 
 
 DATA = torch.tensor([[0.0, 3.0, 0.0, 3.0], [3.0, 3.0, 0.0, 0.0]])

@@ -1,7 +1,8 @@
 """Solvers: the state z that maximises <z, theta>, for a batch of theta, never differentiated."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,6 +50,29 @@ class Solver(NamedTuple):
         return torch.add(states_of(self, theta), theta.detach(), alpha=0.0)
 
 
+class SolverAt(Solver):
+    """A solver whose errors say where it was called, also in a backward pass."""
+
+    where = ""
+
+    @classmethod
+    def of(cls, solver: Solver, where: str) -> "SolverAt":
+        new = cls(*solver)
+        new.where = where
+        return new
+
+
+@contextmanager
+def errors_say(where: str) -> Iterator[None]:
+    """Add to an error where it arose."""
+    try:
+        yield
+    except Exception as error:
+        if where not in getattr(error, "__notes__", ()):
+            error.add_note(where)
+        raise
+
+
 def as_solver(solver: Any, *, caller: str) -> Solver:
     """``solver``, or the solver that a plain function stands for."""
     if isinstance(solver, Solver):
@@ -63,7 +87,13 @@ def as_solver(solver: Any, *, caller: str) -> Solver:
 
 def states_of(solver: Solver, theta: Tensor) -> Tensor:
     """The states, detached and checked, whatever they are where theta is nan."""
-    theta = theta.detach()
+    if isinstance(solver, SolverAt):
+        with errors_say(solver.where):
+            return _solve(solver, theta.detach())
+    return _solve(solver, theta.detach())
+
+
+def _solve(solver: Solver, theta: Tensor) -> Tensor:
     with torch.no_grad():
         states = solver.solve(theta)
         return states if solver.is_trusted else _as_states(states, theta, solver.is_binary)
