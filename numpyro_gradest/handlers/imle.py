@@ -12,6 +12,7 @@ from numpyro_gradest.infer._discrete_sites import (
     DiscreteSites,
     as_choice,
     is_moved,
+    is_state,
     state_name,
     update_state,
 )
@@ -111,6 +112,7 @@ def adapt_imle(optimizer: Any, config: Any) -> Any:
 
     Raises:
         TypeError: If ``optimizer`` is not from optax.
+        ValueError: When initialised, if a state belongs to a site that ``config`` does not have.
 
     Bias and variance:
         Unbiased: the other parameters are updated as by ``optimizer``.
@@ -145,6 +147,13 @@ def adapt_imle(optimizer: Any, config: Any) -> Any:
         return {name: leaf for name, leaf in tree.items() if estimator_of(name) is None}
 
     def init(params: dict[str, Any]) -> AdaptIMLEState:
+        for name, leaf in params.items():
+            if is_state(name, leaf) and estimator_of(name) is None:
+                raise ValueError(
+                    f"The program has a state of AdaptiveIMLE, {name!r}, but the config of "
+                    f"adapt_imle no AdaptiveIMLE for site {name.removesuffix(state_name(''))!r}. "
+                    "Give it one there, by the name that the site has under handlers.scope."
+                )
         held = {name: leaf for name, leaf in params.items() if estimator_of(name) is not None}
         return AdaptIMLEState(optimizer.init(others(params)), held)
 

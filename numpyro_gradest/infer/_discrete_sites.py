@@ -19,7 +19,7 @@ import numpyro
 from jaxtyping import Array
 from numpyro import distributions as dist
 from numpyro.distributions import kl_divergence
-from numpyro.handlers import block, trace
+from numpyro.handlers import block, scope, trace
 from numpyro.primitives import _PYRO_STACK, Messenger
 
 from numpyro_gradest.distributions import (
@@ -162,7 +162,7 @@ class DiscreteSites(Messenger):
         _check_site(name, msg)
         self._is_idle = False
         if not msg.get("_control_flow_done"):
-            _let_carry(msg, estimator)
+            _let_carry(msg, estimator, _unscoped(name, self))
         elif name not in self._met_within and not carries_gradient(msg["fn"]):
             raise ValueError(
                 f"Site {name!r} was drawn within scan or cond under another name, so that imle "
@@ -186,13 +186,22 @@ class DiscreteSites(Messenger):
         return None if self._is_for_all and not _may_be_chosen(msg) else estimator
 
 
-def _let_carry(msg: Site, estimator: Estimator) -> None:
+def _let_carry(msg: Site, estimator: Estimator, name_of_state: str = "") -> None:
     original = msg[CARRIED].fn if CARRIED in msg else msg["fn"]
     msg[CARRIED] = Carried(estimator, original)
-    msg["fn"] = _with_gradient(msg["fn"], msg["name"], estimator, _draw_of)
+    draw_of = partial(_draw_of, state_name(name_of_state))
+    msg["fn"] = _with_gradient(msg["fn"], msg["name"], estimator, draw_of)
 
 
-def _draw_of(name: str, estimator: Estimator, solver: Solver) -> Draw:
+def _unscoped(name: str, handler: Messenger) -> str:
+    """The name before those within this handler prefix it, as they will that of the state."""
+    for inner in _PYRO_STACK[_PYRO_STACK.index(handler) + 1 :]:
+        if isinstance(inner, scope) and "param" not in inner.hide_types:
+            name = name.removeprefix(f"{inner.prefix}{inner.divider}")
+    return name
+
+
+def _draw_of(name_of_state: str, name: str, estimator: Estimator, solver: Solver) -> Draw:
     place = f"At site {name!r}, under imle."
     solver = with_place(solver, place)
     if not isinstance(estimator, AdaptiveIMLE):
@@ -203,7 +212,7 @@ def _draw_of(name: str, estimator: Estimator, solver: Solver) -> Draw:
     @called_at(place)
     def draw(key: Array, theta: Array) -> Array:
         first = jnp.stack([*estimator.init(theta), *jnp.zeros((3,), theta.dtype)])
-        state = numpyro.param(state_name(name), first.astype(_state_dtype(theta)))
+        state = numpyro.param(name_of_state, first.astype(_state_dtype(theta)))
         # Added to what the gradient is made of, so that compilation can't leave the check out.
         held = jax.lax.stop_gradient(state[:3]) + _check_optimizer(name, state[3:])
         counts = _COUNT * (state[3:5] + jnp.array([0.0, 2.0], state.dtype) * state[5])
@@ -486,3 +495,8 @@ def check_exact(name: str, estimator: Estimator, noise: type) -> None:
 def state_name(site: str) -> str:
     """Name under which the state of adaptive IMLE at a site is kept."""
     return f"{site}_imle"
+
+
+def is_state(name: str, leaf: Any) -> bool:
+    """Whether a parameter is such a state."""
+    return name.endswith(state_name("")) and jnp.shape(leaf) == (6,)

@@ -297,6 +297,18 @@ def test_what_would_change_the_state_is_refused(around):
         jax.block_until_ready(trained(svi, 4))
 
 
+def test_states_are_named_after_sites_under_scope():
+    under = partial(numpyro.handlers.scope, prefix="a")
+    config = {"a/z": AdaptiveIMLE()}
+    for guide in (imle(under(noisy_guide), config), under(imle(noisy_guide, CONFIG))):
+        svi = SVI(under(noisy_model), guide, adapt_imle(optax.sgd(0.1), config), Trace_ELBO(4))
+        state = trained(svi, 3)["a/z_imle"]
+        assert state[0] != config["a/z"].initial_step
+    unaware = SVI(under(noisy_model), guide, adapt_imle(optax.sgd(0.1), CONFIG), Trace_ELBO(4))
+    with pytest.raises(ValueError, match=r"'a/z_imle'.*for site 'a/z'.*scope"):
+        unaware.init(KEY)
+
+
 def test_decorator_context_manager_and_function():
     def derivative(fn):
         def first(theta):
