@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 from numpyro.distributions import Distribution, constraints, kl_divergence
+from numpyro.distributions.util import validate_sample
 
+from numpyro_gradest.distributions._supports import KHot
 from numpyro_gradest.estimators import one_hot_argmax
 
 
@@ -39,7 +41,8 @@ class OneHotCategorical(Distribution):
     """
 
     arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012
-    support = constraints.independent(constraints.boolean, 1)
+    support = KHot(1)
+    has_enumerate_support = True
     pytree_data_fields = ("logits",)
 
     def __init__(
@@ -73,6 +76,14 @@ class OneHotCategorical(Distribution):
         logits = jnp.broadcast_to(self.logits, sample_shape + self.logits.shape)
         return one_hot_argmax().solve(logits + jax.random.gumbel(key, logits.shape, logits.dtype))
 
+    def enumerate_support(self, expand: bool = True) -> Array:
+        num_values = self.event_shape[0]
+        values = jnp.eye(num_values, dtype=self.logits.dtype)
+        values = values.reshape(num_values, *([1] * len(self.batch_shape)), num_values)
+        shape = (num_values, *self.batch_shape, num_values)
+        return jnp.broadcast_to(values, shape) if expand else values
+
+    @validate_sample
     def log_prob(self, value: ArrayLike) -> Array:
         return jnp.sum(value * self.logits, axis=-1)
 

@@ -11,7 +11,14 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI
 from numpyro.optim import Adam
 
-from numpyro_gradest import VIMCO, KSubset, PlackettLuce, PlackettLuceSubset, SpanningTree
+from numpyro_gradest import (
+    VIMCO,
+    KSubset,
+    OneHotCategorical,
+    PlackettLuce,
+    PlackettLuceSubset,
+    SpanningTree,
+)
 
 WEIGHTS = jnp.array([1.0, -2.0, 0.5, 3.0])
 X = jnp.array([3.7, -0.9, 1.2])
@@ -98,9 +105,19 @@ def test_values_outside_of_the_support_have_probability_zero():
         (KSubset(PRIOR, 2), jnp.ones(4)),
         (PlackettLuce(PRIOR), jnp.array([0, 1, 2, 2])),
         (SpanningTree(jnp.zeros((3, 3))), jnp.ones((3, 3))),
+        (OneHotCategorical(logits=PRIOR), jnp.ones(4)),
     ):
         with pytest.warns(UserWarning, match="Out-of-support"):
             assert site.log_prob(value) == -jnp.inf
+
+
+def test_one_hot_values_are_enumerated():
+    site = OneHotCategorical(logits=jnp.stack([PRIOR, WEIGHTS]))
+    values = site.enumerate_support()
+    assert site.has_enumerate_support
+    np.testing.assert_array_equal(values, np.broadcast_to(np.eye(4)[:, None], (4, 2, 4)))
+    np.testing.assert_allclose(site.log_prob(values).T, site.logits, rtol=1e-12)
+    assert site.enumerate_support(expand=False).shape == (4, 1, 4)
 
 
 def test_supports_compare_by_what_they_hold():
