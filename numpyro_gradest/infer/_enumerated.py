@@ -86,7 +86,9 @@ def _values(name: str, site: Site, plates: CommonPlates) -> Array:
     if not fn.has_enumerate_support:
         raise NotEnumerableError(f"Site {name!r} ({type(fn).__name__}) can't be enumerated.")
     shape, event_shape = fn.batch_shape, fn.event_shape
-    support = fn.enumerate_support(expand=False).reshape(-1, *event_shape)
+    # The host's own enumeration of what is expanded has no place for an event of several entries.
+    base = fn.base_dist if isinstance(fn, dist.ExpandedDistribution) else fn
+    support = base.enumerate_support(expand=False).reshape(-1, *event_shape)
     dims = plate_dims(site)
     common = {len(shape) + dims[plate] - num_event_dims for plate in plates.names}
     free = [1 if axis in common else size for axis, size in enumerate(shape)]

@@ -1,5 +1,7 @@
 """Measuring gradients: constraints, state, and networks, as SVI has them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from numpyro_gradest import (
     NVIL,
     VIMCO,
     AdaptiveIMLE,
+    OneHotCategorical,
     compare_estimators,
     gradient_statistics,
     imle,
@@ -99,3 +102,29 @@ def test_a_model_that_only_the_host_can_sum_over():
     assert _exact(gradients, "auto") is None
     with pytest.raises(ValueError, match="'z' is configured for enumeration"):
         _exact(gradients, "enumeration")
+
+
+def test_sites_that_a_plate_expands_are_enumerated():
+    def rows_model():
+        with numpyro.plate("data", 2):
+            z = numpyro.sample("z", OneHotCategorical(jnp.array([0.2, 0.5, 0.3])))
+            numpyro.sample("x", dist.Normal(z @ jnp.arange(3.0), 1.0), obs=jnp.array([0.5, 2.0]))
+
+    def rows_guide(is_expanded):
+        logits = numpyro.param("logits", jnp.zeros(3))
+        with numpyro.plate("data", 2):
+            shape = (3,) if is_expanded else (2, 3)
+            numpyro.sample("z", OneHotCategorical(logits=jnp.broadcast_to(logits, shape)))
+
+    params = {"logits": jnp.array([0.1, -0.4, 0.3])}
+    expanded, whole = (
+        _exact(
+            _Gradients(
+                IWAE(2), rows_model, partial(rows_guide, which), params, (), {}, random.key(0), None
+            ),
+            "enumeration",
+        )
+        for which in (True, False)
+    )
+    assert (np.abs(whole) > 1e-3).all()
+    np.testing.assert_allclose(expanded, whole, rtol=1e-6)
