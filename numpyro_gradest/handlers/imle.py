@@ -32,9 +32,9 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
 
     The sites keep their distribution and their exact log-probability: draws are exactly discrete,
     and any objective that differentiates through reparameterised values trains them, as
-    ``Trace_ELBO``, ``TraceMeanField_ELBO`` (with its analytic KL) and ``IWAE`` do. Losses that
-    would not use it, as ``TVO``, ``ReweightedWakeSleep`` and ``reparam="score"`` would not, refuse
-    the site; in objectives that enumerate, the estimator is not used.
+    ``Trace_ELBO``, ``TraceMeanField_ELBO`` (with its analytic KL) and ``IWAE`` do. Losses of this
+    package that take the score function there, as with ``reparam="score"``, refuse it, and so do
+    sites that are enumerated.
 
     ``Bernoulli``, ``OneHotCategorical``, ``KSubset``, ``SpanningTree`` and ``PerturbAndMAP`` sites
     can carry a gradient, also under ``to_event``, ``mask`` and in plates. At ``KSubset`` sites that
@@ -46,7 +46,7 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
     plates multiply the gradient that arrives at a site, and with it the step of ``IMLE``, but not
     that of ``AdaptiveIMLE``, whose state is the parameter ``"<site>_imle"`` in the state of
     ``SVI``: wrap the optimizer in :func:`adapt_imle`. Under the host's own objectives ``SVI`` warns
-    of discrete latents, as it does not know of the gradient.
+    of discrete latents, as it does not know of the gradient. An error of a solver names the site.
 
     Args:
         fn: A guide, or a model. Left out, a decorator and context manager is returned.
@@ -59,10 +59,11 @@ def imle(fn: Callable | None = None, config: Any = None) -> Any:
         ``fn`` with these gradients.
 
     Raises:
-        TypeError: If ``config`` is nothing of that.
+        TypeError: If ``config`` is nothing of that, or returns it when run.
         ValueError: When run, if a named site does not exist, is observed, enumerated, not
-            discrete, or draws integers; or if an estimator does not draw from the site's
-            distribution, or is not for it; or if nothing says which sites get which estimator.
+            discrete, draws integers, or is within ``scan`` or ``cond`` with an estimator that
+            keeps a state; or if an estimator does not draw from the site's distribution, or is not
+            for it; or if nothing says which sites get which estimator.
 
     Bias and variance:
         Biased by design, as the estimator is: for objectives whose log-densities are linear or
@@ -163,7 +164,9 @@ def adapt_imle(optimizer: Any, config: Any) -> Any:
         updates, inner = optimizer.update(others(gradients), state.inner, others(params), **extra)
         updates, held = dict(updates), {}
         for name, known in state.held.items():
-            new = update_state(estimator_of(name), known, gradients[name])
+            estimator = estimator_of(name)
+            assert estimator is not None
+            new = update_state(estimator, known, gradients[name])
             # The next draw is refused; no state but this one's own counts.
             held[name] = jnp.where(is_moved(known, params[name]), new.at[3:].set(1.0), new)
             updates[name] = held[name] - params[name]
