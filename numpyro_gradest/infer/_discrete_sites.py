@@ -46,7 +46,7 @@ from numpyro_gradest.estimators import (
 )
 from numpyro_gradest.estimators.discrete._subset_sampler import SplitNoise, of_items, subset_sampler
 from numpyro_gradest.estimators.discrete.solvers import called_at, with_place
-from numpyro_gradest.infer._sites import Site, is_deterministic, own_estimator
+from numpyro_gradest.infer._sites import Site, own_estimator
 
 Estimator = IMLE | AdaptiveIMLE | StraightThrough | GumbelSoftmaxST | ReinMax | SIMPLE
 CARRIED = "carried"
@@ -334,9 +334,13 @@ def _check_estimator(name: str, estimator: Any) -> None:
 
 def _may_be_chosen(msg: Site) -> bool:
     """Whether a site is meant by an estimator that is given for all."""
-    fn = msg["fn"]
-    is_discrete = isinstance(_base(fn), PerturbAndMAP) or fn.is_discrete
-    return bool(is_discrete) and not msg["is_observed"] and not is_deterministic(msg)
+    return _is_discrete(_base(msg["fn"])) and not msg["is_observed"]
+
+
+def _is_discrete(fn: Any) -> bool:
+    if isinstance(fn, (PerturbAndMAP, FromLogits)) or _kind(fn):
+        return True
+    return not fn.has_rsample and bool(getattr(fn.support, "is_discrete", False))
 
 
 def _check_site(name: str, msg: Site) -> None:
@@ -465,7 +469,7 @@ def _unsupported(name: str, fn: Any) -> str:
             "TraceMeanField_ELBO, or, for subsets, KSubset; or leave it out and pass SVI a loss "
             "that takes the score function, such as RLOO."
         )
-    if fn.is_discrete:
+    if _is_discrete(fn):
         return (
             f"Site {name!r} draws from {type(fn).__name__}, which is discrete, but its states are "
             "integers, through which no gradient passes. Sample a one-hot, Bernoulli or KSubset "

@@ -394,8 +394,16 @@ def test_wrong_config():
         numpyro.handlers.seed(imle(noisy_guide), 0)()
 
 
+class Unsaid(dist.Distribution):
+    """States no support."""
+
+    def sample(self, key, sample_shape=()):
+        return jnp.zeros(sample_shape)
+
+
 def test_one_estimator_for_all_leaves_others_alone():
     def program(theta):
+        numpyro.sample("u", Unsaid())
         numpyro.sample("x", dist.Normal(0.0, 1.0))
         numpyro.sample("v", dist.Delta(1.0))
         numpyro.sample("y", dist.Bernoulli(0.5), obs=1.0)
