@@ -158,6 +158,7 @@ def test_on_one_core_numpy_solver_warns_until_there_is_a_second_thread(num_devic
     """Without it the call waits for ever: JAX's own transfer needs the thread that waits for it."""
     ran = subprocess.run(
         [sys.executable, "-c", ON_ONE_CORE, str(num_devices)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         text=True,
         timeout=120,
