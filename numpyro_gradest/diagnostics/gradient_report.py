@@ -94,17 +94,14 @@ class EstimatorComparison(NamedTuple):
         return pandas.DataFrame.from_dict(rows, orient="index")
 
     def plot(self) -> Any:
-        """A matplotlib figure with every plot that there are figures for, side by side."""
-        from matplotlib import pyplot
+        """A matplotlib figure with every plot that there are figures for, side by side.
 
-        from numpyro_gradest.diagnostics.gradient_plots import plots_of
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from numpyro_gradest.diagnostics.gradient_plots import plot_all
 
-        plots = plots_of(self)
-        size = (6.4 * len(plots), 5.6)
-        figure, axes = pyplot.subplots(1, len(plots), figsize=size, layout="constrained")
-        for plot, ax in zip(plots, np.atleast_1d(axes), strict=True):
-            plot(self, ax=ax)
-        return figure
+        return plot_all(self)
 
     @property
     def recommendations(self) -> tuple[str, ...]:

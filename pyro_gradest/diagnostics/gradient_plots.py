@@ -99,12 +99,17 @@ def _families(comparison: EstimatorComparison) -> dict[str, list[GradientStatist
     return {name: group for name, group in families.items() if len(group) > 1}
 
 
-def plots_of(comparison: EstimatorComparison) -> list[Callable]:
-    """The plots that there are figures for."""
+def plot_all(comparison: EstimatorComparison) -> Any:
+    """Draw every plot that there are figures for, side by side, and return the figure."""
     plots: list[Callable] = [plot_snr_per_second]
     if any(one.bias is not None for one in comparison.statistics):
         plots.append(plot_bias_and_variance)
-    return [plot_snr_against_particles, *plots] if _families(comparison) else plots
+    if _families(comparison):
+        plots.insert(0, plot_snr_against_particles)
+    figure, axes = _subplots(len(plots))
+    for plot, ax in zip(plots, axes, strict=True):
+        plot(comparison, ax=ax)
+    return figure
 
 
 def _plot_family(
@@ -307,8 +312,18 @@ def _legend_below(ax: Any, **options: Any) -> None:
 
 
 def _axes(ax: Any, *, height: float = 5.6) -> Any:
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
+    return _subplots(1, height=height)[1][0] if ax is None else ax
 
-    return plt.subplots(figsize=(6.4, height), layout="constrained")[1]
+
+def _subplots(number: int, *, height: float = 5.6) -> tuple[Any, Any]:
+    """A figure with so many plots side by side, and an array of their axes."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "Plots need matplotlib, which is not installed: pip install matplotlib. print and "
+            "to_frame do without."
+        ) from error
+    size = (6.4 * number, height)
+    figure, axes = pyplot.subplots(1, number, figsize=size, squeeze=False, layout="constrained")
+    return figure, axes[0]

@@ -3,6 +3,7 @@
 import html
 import importlib
 import re
+import sys
 from functools import partial
 
 import numpy as np
@@ -368,6 +369,13 @@ def test_all_plots_that_there_are_figures_for(backend, comparison):
         "signal-to-noise ratio of a second's average"
     ]
     matplotlib.pyplot.close("all")
+
+
+def test_plots_without_matplotlib(backend, comparison, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for plot in (comparison.plot, partial(backend.package.plot_snr_per_second, comparison)):
+        with pytest.raises(ImportError, match="pip install matplotlib"):
+            plot()
 
 
 def legend(ax):
